@@ -1,0 +1,91 @@
+"""What the gateway needs from an engine: open sessions, generate in them, know the models' states.
+
+`petals_chat.engine.supervisor.ProcessEngine` is the real one; tests of the gateway use a fake.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncGenerator, Mapping
+from typing import Protocol
+
+import msgspec
+
+from petals_chat.errors import ErrorReport
+from petals_chat.protocol.messages import (
+    FinishReason,
+    GenerationRequest,
+    StatusReported,
+    WorkerStarted,
+)
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """A piece of generated text that cuts no character; the last one has a ``finish_reason``."""
+
+    text: str
+    token_count: int
+    finish_reason: FinishReason | None = None
+    prompt_tokens: int = 0
+
+
+class ModelState(enum.StrEnum):
+    """How a model is. The page, the errors and /readyz use the same words."""
+
+    LOADING = "loading"
+    READY = "ready"
+    BROKEN = "broken"
+    """Blocks are missing in the swarm."""
+    UNAVAILABLE = "unavailable"
+    """Its worker cannot start, or ended and is being restarted."""
+
+
+class ModelStatus(msgspec.Struct, frozen=True):
+    """A snapshot of what is known of a model; never older than the worker's last report."""
+
+    state: ModelState
+    error: ErrorReport | None = None
+    """Why the model is unavailable."""
+    missing_blocks: tuple[int, ...] = ()
+    worker: WorkerStarted | None = None
+    report: StatusReported | None = None
+
+
+class EngineSession(Protocol):
+    """One inference session: a context that grows with each generation."""
+
+    @property
+    def session_id(self) -> str:
+        """A random UUID."""
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of context that the session can hold."""
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        """Generate; one generation at a time, a second one waits for the first.
+
+        Closing the iterator ends the generation. Not taking from it pauses the generation.
+
+        Raises:
+            PetalsChatError: while iterating; the session stays usable unless its worker was lost.
+        """
+
+    async def close(self) -> None:
+        """Free the session everywhere, ending what runs in it. Closing twice is no error."""
+
+
+class Engine(Protocol):
+    """All served models."""
+
+    @property
+    def statuses(self) -> Mapping[str, ModelStatus]:
+        """By model key. Reading it never waits."""
+
+    async def open_session(self, model_key: str, max_length: int) -> EngineSession:
+        """Open a session of at most ``max_length`` tokens.
+
+        Raises:
+            ModelLoadingError, ModelUnavailableError: there is no worker to open it.
+            MaximumLengthExceededError: more tokens than the model allows.
+        """

@@ -1,0 +1,1 @@
+"""The catalog of known models, and the model that is there without any download."""

@@ -1,0 +1,1 @@
+"""The messages between the gateway and its engine workers, and their framing."""

@@ -1,0 +1,215 @@
+"""The messages between the gateway and an engine worker, both directions, and their encoding.
+
+Each message is a tagged msgspec struct. The gateway sends commands in the imperative (`OpenSession`); the
+worker answers each with events in the past tense (`SessionOpened`) that repeat the command's ``request_id``,
+or with one `RequestFailed`.
+
+Flow control: a `Generate` may be answered by many `ChunkGenerated`. The worker sends at most
+``Generate.window`` chunks more than were acknowledged with `AcknowledgeChunks`, and pauses the generation at
+that point; so neither side ever buffers more than a window per request.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+from petals_chat.errors import ErrorReport
+
+
+class SamplingParameters(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the next token is chosen; meanings and order are those of ``transformers``' ``generate()``."""
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    """Greater than 0; a request for 0 is a request for ``do_sample=False``."""
+    top_k: int = 0
+    """0 = off."""
+    top_p: float = 1.0
+    """1.0 = off."""
+    repetition_penalty: float = 1.0
+    """1.0 = off. Counts all tokens of the session, the prompt included."""
+    seed: int | None = None
+    """None = fresh randomness."""
+
+
+class FinishReason(enum.StrEnum):
+    """Why a generation ended."""
+
+    STOP_SEQUENCE = "stop_sequence"
+    END_OF_SEQUENCE = "end_of_sequence"
+    LENGTH = "length"
+    """The number of tokens that was asked for is reached (or what fits of it, in a single-chunk request)."""
+    CONTEXT_FULL = "context_full"
+    """The session has no room for another token, although more were asked for."""
+    CANCELLED = "cancelled"
+
+
+class OpenSession(msgspec.Struct, frozen=True, tag="open_session"):
+    """Open a session of at most ``max_length`` tokens, under an id that the gateway chose."""
+
+    request_id: int
+    session_id: str
+    max_length: int
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What to generate in a session.
+
+    Generation ends at the first of: a stop sequence, the model's end of sequence, ``max_new_tokens`` new
+    tokens, ``max_length`` tokens of context, the end of the session's context.
+    """
+
+    inputs: str | None
+    """New text, added to the session's context; None = continue from where the session is."""
+    sampling: SamplingParameters = SamplingParameters()
+    max_new_tokens: int | None = None
+    """None = no limit of its own."""
+    max_length: int | None = None
+    """Limit on the tokens of the whole context, prompt included; None = no limit of its own."""
+    chunk_tokens: int | None = None
+    """One chunk for this many tokens; None = a single one at the end, with everything."""
+    stop_sequences: tuple[str, ...] = ()
+    """Matched on the generated text, across token borders; the matching text is part of the output."""
+
+
+class Generate(msgspec.Struct, frozen=True, tag="generate"):
+    """Generate in the session; answered by one or more `ChunkGenerated`."""
+
+    request_id: int
+    session_id: str
+    request: GenerationRequest
+    window: int
+    """How many chunks may be on their way without having been acknowledged."""
+
+
+class AcknowledgeChunks(msgspec.Struct, frozen=True, tag="acknowledge_chunks"):
+    """The client has taken ``count`` more chunks of the generation ``request_id``."""
+
+    request_id: int
+    count: int
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """End the generation ``request_id`` now; it is answered by a last chunk with `FinishReason.CANCELLED`."""
+
+    request_id: int
+
+
+class CloseSession(msgspec.Struct, frozen=True, tag="close_session"):
+    """End the session, cancelling what runs in it. An unknown id is no error: closing is idempotent."""
+
+    request_id: int
+    session_id: str
+
+
+Command = OpenSession | Generate | AcknowledgeChunks | Cancel | CloseSession
+
+
+class SwarmPeer(msgspec.Struct, frozen=True):
+    """A Petals server, as its DHT record describes it, with the blocks ``[start, end)`` it announces."""
+
+    peer_id: str
+    start: int
+    end: int
+    state: str
+    throughput: float | None = None
+    public_name: str | None = None
+    version: str | None = None
+    cache_tokens_left: int | None = None
+    torch_dtype: str | None = None
+    quant_type: str | None = None
+    adapters: tuple[str, ...] = ()
+    using_relay: bool | None = None
+
+
+class WorkerStarted(msgspec.Struct, frozen=True, tag="worker_started"):
+    """The worker has its weights and reached the swarm; it takes commands from now on."""
+
+    num_blocks: int
+    dtype: str
+    device: str
+    max_session_length: int
+    """Tokens; the smaller of the configured limit and the model's own."""
+
+
+class WorkerFailed(msgspec.Struct, frozen=True, tag="worker_failed"):
+    """The worker cannot start, and ends."""
+
+    error: ErrorReport
+
+
+class SessionOpened(msgspec.Struct, frozen=True, tag="session_opened"):
+    """Answer to `OpenSession`."""
+
+    request_id: int
+
+
+class SessionClosed(msgspec.Struct, frozen=True, tag="session_closed"):
+    """Answer to `CloseSession`; the swarm's memory for it is free again."""
+
+    request_id: int
+
+
+class ChunkGenerated(msgspec.Struct, frozen=True, tag="chunk_generated", omit_defaults=True):
+    """Part of the answer to `Generate`; the last one has a ``finish_reason``.
+
+    A chunk never cuts a character: tokens are held back until they decode.
+    """
+
+    request_id: int
+    text: str
+    token_count: int
+    finish_reason: FinishReason | None = None
+    prompt_tokens: int = 0
+    """Tokens of the request's own input; given in the last chunk."""
+
+
+class RequestFailed(msgspec.Struct, frozen=True, tag="request_failed"):
+    """The command ``request_id`` failed; no other answer to it follows."""
+
+    request_id: int
+    error: ErrorReport
+
+
+class StatusReported(msgspec.Struct, frozen=True, tag="status_reported"):
+    """What the worker knows, sent every few seconds without being asked."""
+
+    open_sessions: int
+    running_generations: int
+    tokens_generated: int
+    """Since the worker started."""
+    peers: tuple[SwarmPeer, ...]
+    swarm_error: str | None = None
+    """Why the swarm could not be asked, if so."""
+
+
+Event = (
+    WorkerStarted
+    | WorkerFailed
+    | SessionOpened
+    | SessionClosed
+    | ChunkGenerated
+    | RequestFailed
+    | StatusReported
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_command_decoder = msgspec.msgpack.Decoder(Command)
+_event_decoder = msgspec.msgpack.Decoder(Event)
+
+
+def encode(message: Command | Event) -> bytes:
+    """The message as the body of a frame."""
+    return _encoder.encode(message)
+
+
+def decode_command(body: bytes) -> Command:
+    """The command in ``body``. Raises ``msgspec.MsgspecError`` if it is none."""
+    return _command_decoder.decode(body)
+
+
+def decode_event(body: bytes) -> Event:
+    """The event in ``body``. Raises ``msgspec.MsgspecError`` if it is none."""
+    return _event_decoder.decode(body)

@@ -1,0 +1,1 @@
+"""Everything about Petals and hivemind. No other package imports them."""
