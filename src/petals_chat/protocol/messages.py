@@ -12,6 +12,7 @@ that point; so neither side ever buffers more than a window per request.
 from __future__ import annotations
 
 import enum
+from typing import Literal
 
 import msgspec
 
@@ -44,6 +45,25 @@ class FinishReason(enum.StrEnum):
     CONTEXT_FULL = "context_full"
     """The session has no room for another token, although more were asked for."""
     CANCELLED = "cancelled"
+
+
+class StartWorker(msgspec.Struct, frozen=True, tag="start_worker"):
+    """What to load and which swarm to join; sent once, before anything else. Times in seconds."""
+
+    repository: str
+    revision: str | None
+    adapter: str | None
+    initial_peers: Literal["public"] | tuple[str, ...]
+    dht_prefix: str | None
+    device: str
+    dtype: str
+    threads: int
+    max_session_length: int
+    prefill_chunk_tokens: int
+    max_retries: int
+    request_timeout: float
+    connect_timeout: float
+    update_period: float
 
 
 class OpenSession(msgspec.Struct, frozen=True, tag="open_session"):
@@ -104,7 +124,7 @@ class CloseSession(msgspec.Struct, frozen=True, tag="close_session"):
     session_id: str
 
 
-Command = OpenSession | Generate | AcknowledgeChunks | Cancel | CloseSession
+Command = StartWorker | OpenSession | Generate | AcknowledgeChunks | Cancel | CloseSession
 
 
 class SwarmPeer(msgspec.Struct, frozen=True):
@@ -128,10 +148,12 @@ class WorkerStarted(msgspec.Struct, frozen=True, tag="worker_started"):
     """The worker has its weights and reached the swarm; it takes commands from now on."""
 
     num_blocks: int
+    hidden_size: int
+    vocab_size: int
     dtype: str
     device: str
     max_session_length: int
-    """Tokens; the smaller of the configured limit and the model's own."""
+    """Tokens of context that a session may have."""
 
 
 class WorkerFailed(msgspec.Struct, frozen=True, tag="worker_failed"):

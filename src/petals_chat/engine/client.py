@@ -1,0 +1,158 @@
+"""The gateway's end of a worker's socket: commands out, events in, one queue for each request."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator, Callable
+
+from petals_chat.engine.interface import Chunk
+from petals_chat.errors import WorkerLostError, error_from_report
+from petals_chat.protocol.framing import FrameDecoder, encode_frame
+from petals_chat.protocol.messages import (
+    AcknowledgeChunks,
+    Cancel,
+    ChunkGenerated,
+    CloseSession,
+    Command,
+    Event,
+    Generate,
+    GenerationRequest,
+    OpenSession,
+    RequestFailed,
+    SessionClosed,
+    SessionOpened,
+    StartWorker,
+    StatusReported,
+    WorkerFailed,
+    WorkerStarted,
+    decode_event,
+    encode,
+)
+
+READ_BYTES = 1 << 16
+WINDOW_CHUNKS = 16
+"""Chunks of one generation that may be on their way: enough to hide the socket's delay, little to buffer."""
+
+Answer = SessionOpened | SessionClosed | ChunkGenerated | RequestFailed
+
+
+class WorkerConnection:
+    """Talks to one worker process, from its start to its end.
+
+    Args:
+        model_key: for errors.
+        on_status: called with each `StatusReported`.
+    """
+
+    def __init__(
+        self,
+        model_key: str,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        on_status: Callable[[StatusReported], None],
+    ) -> None:
+        self._model_key = model_key
+        self._reader = reader
+        self._writer = writer
+        self._on_status = on_status
+        self._started: asyncio.Future[WorkerStarted] = asyncio.get_running_loop().create_future()
+        self._answers: dict[int, asyncio.Queue[Answer]] = {}
+        self._request_ids = itertools.count(1)
+        self._lost = False
+
+    async def run(self) -> None:
+        """Hand out the worker's events until it is gone; then fail what waits."""
+        decoder = FrameDecoder()
+        try:
+            while data := await self._reader.read(READ_BYTES):
+                for body in decoder.feed(data):
+                    self._hand_out(decode_event(body))
+        except ConnectionError:
+            pass
+        finally:
+            self._lost = True
+            self._writer.close()
+            error = WorkerLostError(self._model_key)
+            if not self._started.done():
+                self._started.set_exception(error)
+            for request_id, answers in self._answers.items():
+                answers.put_nowait(RequestFailed(request_id, error.report()))
+
+    async def start(self, command: StartWorker) -> WorkerStarted:
+        """Tell the worker what to load, and wait until it has.
+
+        Raises:
+            PetalsChatError: it cannot be loaded.
+        """
+        self._send(command)
+        return await self._started
+
+    async def open_session(self, session_id: str, max_length: int) -> None:
+        """Open a session under an id of the caller's choice."""
+        request_id = next(self._request_ids)
+        await self._ask(OpenSession(request_id, session_id, max_length), request_id)
+
+    async def close_session(self, session_id: str) -> None:
+        """Close a session; returns when its memory is free, or the worker is gone."""
+        if not self._lost:
+            request_id = next(self._request_ids)
+            await self._ask(CloseSession(request_id, session_id), request_id)
+
+    async def generate(
+        self, session_id: str, request: GenerationRequest
+    ) -> AsyncGenerator[Chunk, None]:
+        """Generate in a session; see `petals_chat.engine.interface.EngineSession.generate`."""
+        request_id = next(self._request_ids)
+        answers = self._expect_answers(request_id)
+        ended = False
+        unacknowledged = 0
+        try:
+            self._send(Generate(request_id, session_id, request, WINDOW_CHUNKS))
+            while not ended:
+                answer = await answers.get()
+                if isinstance(answer, RequestFailed):
+                    ended = True
+                    raise error_from_report(answer.error)
+                assert isinstance(answer, ChunkGenerated)
+                ended = answer.finish_reason is not None
+                yield Chunk(answer.text, answer.token_count, answer.finish_reason, answer.prompt_tokens)
+                unacknowledged += 1
+                if unacknowledged >= WINDOW_CHUNKS // 2 and not ended:
+                    self._send(AcknowledgeChunks(request_id, unacknowledged))
+                    unacknowledged = 0
+        finally:
+            del self._answers[request_id]
+            if not ended and not self._lost:
+                self._send(Cancel(request_id))
+
+    async def _ask(self, command: Command, request_id: int) -> None:
+        answers = self._expect_answers(request_id)
+        try:
+            self._send(command)
+            answer = await answers.get()
+        finally:
+            del self._answers[request_id]
+        if isinstance(answer, RequestFailed):
+            raise error_from_report(answer.error)
+
+    def _expect_answers(self, request_id: int) -> asyncio.Queue[Answer]:
+        if self._lost:
+            raise WorkerLostError(self._model_key)
+        return self._answers.setdefault(request_id, asyncio.Queue())
+
+    def _send(self, command: Command) -> None:
+        # The worker reads at once, and what it is sent is bounded by the limits on requests and sessions.
+        self._writer.write(encode_frame(encode(command)))
+
+    def _hand_out(self, event: Event) -> None:
+        match event:
+            case WorkerStarted():
+                self._started.set_result(event)
+            case WorkerFailed():
+                self._started.set_exception(error_from_report(event.error))
+            case StatusReported():
+                self._on_status(event)
+            case _:
+                if answers := self._answers.get(event.request_id):  # else nobody waits for it any more
+                    answers.put_nowait(event)

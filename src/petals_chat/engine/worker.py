@@ -1,0 +1,290 @@
+"""The engine worker: a process that serves one model to one gateway.
+
+``python -m petals_chat.engine.worker FD`` reads commands from, and writes events to, the Unix socket ``FD``
+(`petals_chat.protocol`). It ends when the gateway closes the socket, and then leaves the swarm in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Coroutine
+
+import torch
+
+from petals_chat.engine.sessions import Model, Session
+from petals_chat.engine.tokenizer import Tokenizer
+from petals_chat.errors import InternalError, PetalsChatError, SessionExpiredError
+from petals_chat.head.batcher import HeadBatcher
+from petals_chat.head.modules import load_client_modules
+from petals_chat.head.precision import resolve_device, resolve_dtype
+from petals_chat.models.checkpoint import open_checkpoint
+from petals_chat.protocol.framing import FrameDecoder, encode_frame
+from petals_chat.protocol.messages import (
+    AcknowledgeChunks,
+    Cancel,
+    ChunkGenerated,
+    CloseSession,
+    Command,
+    Event,
+    FinishReason,
+    Generate,
+    OpenSession,
+    RequestFailed,
+    SessionClosed,
+    SessionOpened,
+    StartWorker,
+    StatusReported,
+    WorkerFailed,
+    WorkerStarted,
+    decode_command,
+    encode,
+)
+from petals_chat.swarm.client import SwarmClient, SwarmOptions
+from petals_chat.swarm.naming import default_dht_prefix
+
+logger = logging.getLogger(__name__)
+
+READ_BYTES = 1 << 16
+STATUS_PERIOD_SECONDS = 2.0
+CLOSE_TIMEOUT_SECONDS = 2.0
+
+
+class _Generation:
+    """A `Generate` that runs or waits for its turn; takes its chunks and sends them as the window allows."""
+
+    def __init__(self, command: Generate, session: Session, send: Callable[[Event], None]) -> None:
+        self.session = session
+        self.cancelled = False
+        self._command = command
+        self._send = send
+        self._window = asyncio.Semaphore(command.window)
+
+    async def run(self) -> None:
+        await self.session.generate(self._command.request, self)
+
+    async def take(
+        self, text: str, token_count: int, finish_reason: FinishReason | None, prompt_tokens: int
+    ) -> None:
+        await self._window.acquire()
+        self._send(
+            ChunkGenerated(self._command.request_id, text, token_count, finish_reason, prompt_tokens)
+        )
+
+    def acknowledge(self, count: int) -> None:
+        for _ in range(count):
+            self._window.release()
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        self._window.release()  # a last chunk, if it waits for a client who has gone
+
+
+class Worker:
+    """Executes the gateway's commands.
+
+    Args:
+        model: what sessions share.
+        swarm: for the status reports.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        swarm: SwarmClient,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        self._model = model
+        self._swarm = swarm
+        self._reader = reader
+        self._writer = writer
+        self._sessions: dict[str, Session] = {}
+        self._generations: dict[int, _Generation] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self, decoder: FrameDecoder) -> None:
+        """Serve until the gateway closes the socket, then close all sessions."""
+        status = asyncio.create_task(self._report_status())
+        try:
+            while data := await self._reader.read(READ_BYTES):
+                for body in decoder.feed(data):
+                    self._execute(decode_command(body))
+        finally:
+            status.cancel()
+            for generation in self._generations.values():
+                generation.cancel()
+            closing = [asyncio.create_task(session.close()) for session in self._sessions.values()]
+            if pending := [*closing, *self._tasks]:
+                await asyncio.wait(pending, timeout=CLOSE_TIMEOUT_SECONDS)
+
+    def _execute(self, command: Command) -> None:
+        match command:
+            case OpenSession():
+                self._sessions[command.session_id] = Session(self._model, command.max_length)
+                self._send(SessionOpened(command.request_id))
+            case Generate():
+                self._start(command.request_id, self._generate(command))
+            case AcknowledgeChunks():
+                if generation := self._generations.get(command.request_id):
+                    generation.acknowledge(command.count)
+            case Cancel():
+                if generation := self._generations.get(command.request_id):
+                    generation.cancel()
+            case CloseSession():
+                self._start(command.request_id, self._close(command))
+            case StartWorker():
+                raise AssertionError("the worker is started already")
+
+    def _start(self, request_id: int, work: Coroutine[None, None, None]) -> None:
+        async def guarded() -> None:
+            try:
+                await work
+            except PetalsChatError as error:
+                self._send(RequestFailed(request_id, error.report()))
+            except Exception as error:
+                logger.exception("request %d failed", request_id)
+                internal = InternalError()
+                internal.__cause__ = error
+                self._send(RequestFailed(request_id, internal.report()))
+
+        task = asyncio.create_task(guarded())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _generate(self, command: Generate) -> None:
+        session = self._sessions.get(command.session_id)
+        if session is None:
+            raise SessionExpiredError(command.session_id)
+        generation = _Generation(command, session, self._send)
+        self._generations[command.request_id] = generation
+        try:
+            await generation.run()
+        finally:
+            del self._generations[command.request_id]
+
+    async def _close(self, command: CloseSession) -> None:
+        if session := self._sessions.pop(command.session_id, None):
+            for generation in self._generations.values():
+                if generation.session is session:
+                    generation.cancel()
+            await session.close()
+        self._send(SessionClosed(command.request_id))
+
+    async def _report_status(self) -> None:
+        while True:
+            self._send(
+                StatusReported(
+                    open_sessions=len(self._sessions),
+                    running_generations=len(self._generations),
+                    tokens_generated=self._model.tokens_generated,
+                    peers=self._swarm.peers(),
+                )
+            )
+            await asyncio.sleep(STATUS_PERIOD_SECONDS)
+
+    def _send(self, event: Event) -> None:
+        # What is unsent is bounded: by a window of chunks for each generation, one answer for each command.
+        self._writer.write(encode_frame(encode(event)))
+
+
+def _read_start_command(connection: socket.socket, decoder: FrameDecoder) -> StartWorker | None:
+    """The first command; None if the gateway went away before sending one."""
+    while data := connection.recv(READ_BYTES):
+        for body in decoder.feed(data):
+            command = decode_command(body)
+            assert isinstance(command, StartWorker), "the gateway sends nothing else before the worker started"
+            return command
+    return None
+
+
+def _load(command: StartWorker) -> tuple[Model, SwarmClient, WorkerStarted]:
+    if command.threads:
+        torch.set_num_threads(command.threads)
+    checkpoint = open_checkpoint(command.repository, command.revision)
+    config = checkpoint.config
+    num_blocks = int(config.get("num_hidden_layers") or config["n_layer"])
+    swarm = SwarmClient(
+        SwarmOptions(
+            initial_peers=command.initial_peers,
+            dht_prefix=command.dht_prefix or default_dht_prefix(config["model_type"], command.repository),
+            num_blocks=num_blocks,
+            active_adapter=command.adapter,
+            max_retries=command.max_retries,
+            request_timeout=command.request_timeout,
+            connect_timeout=command.connect_timeout,
+            update_period=command.update_period,
+        )
+    )
+    device = resolve_device(command.device)
+    dtype = resolve_dtype(command.dtype, device)
+    modules = load_client_modules(checkpoint, device=device, dtype=dtype)
+    model = Model(
+        Tokenizer(command.repository, command.revision, config),
+        modules,
+        HeadBatcher(modules),
+        prefill_chunk_tokens=command.prefill_chunk_tokens,
+        open_swarm_session=swarm.open_session,
+    )
+    swarm.refresh()
+    return (
+        model,
+        swarm,
+        WorkerStarted(
+            num_blocks=num_blocks,
+            hidden_size=modules.embeddings.shape[1],
+            vocab_size=modules.vocab_size,
+            dtype=str(dtype).removeprefix("torch."),
+            device=str(device),
+            max_session_length=command.max_session_length,
+        ),
+    )
+
+
+async def _serve(
+    model: Model, swarm: SwarmClient, connection: socket.socket, decoder: FrameDecoder
+) -> None:
+    reader, writer = await asyncio.open_unix_connection(sock=connection)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, reader.feed_eof)
+    worker = Worker(model, swarm, reader, writer)
+    await worker.run(decoder)
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+
+
+def main() -> int:
+    """Run a worker on the socket whose file descriptor is the only argument."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the gateway, which closes the socket
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    decoder = FrameDecoder()
+    command = _read_start_command(connection, decoder)
+    if command is None:
+        return 0
+    try:
+        model, swarm, started = _load(command)
+    except Exception as error:
+        logger.debug("cannot start", exc_info=True)
+        known = error if isinstance(error, PetalsChatError) else InternalError()
+        if known is not error:
+            logger.exception("the worker cannot start")
+        connection.sendall(encode_frame(encode(WorkerFailed(known.report()))))
+        return 1
+    connection.sendall(encode_frame(encode(started)))
+    asyncio.run(_serve(model, swarm, connection, decoder))
+    model.batcher.close()
+    swarm.close()
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    # Threads of the swarm's libraries that wait for dead servers must not hold up the end.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

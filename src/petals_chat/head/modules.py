@@ -1,0 +1,100 @@
+"""The parts of a model that the gateway's machine computes: embeddings, final norm and LM head.
+
+Only these tensors of the checkpoint are read, through memory-mapped safetensors: 16-bit weights that are
+used in the checkpoint's own precision stay in the page cache, shared by all processes that map them.
+The formulas are those of ``transformers``' model code, in the same order of casts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+
+from petals_chat.errors import ConfigurationError
+from petals_chat.models.checkpoint import Checkpoint, client_tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """RMSNorm, or LayerNorm if there is a bias. ``weight``, ``bias``: [hidden_size]."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    epsilon: float
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Normalise the last dimension; any shape [..., hidden_size]."""
+        if self.bias is not None:
+            return F.layer_norm(hidden_states, self.weight.shape, self.weight, self.bias, self.epsilon)
+        exact = hidden_states.float()  # LlamaRMSNorm: the mean in float32, the product in the model's dtype
+        exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.epsilon)
+        return self.weight * exact.to(hidden_states.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientModules:
+    """Everything between token ids and the first block, and between the last block and logits."""
+
+    embeddings: torch.Tensor
+    """[vocab_size, hidden_size]"""
+    embeddings_norm: Norm | None
+    final_norm: Norm
+    head: torch.Tensor
+    """[vocab_size, hidden_size]; the embeddings again if the model ties them."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits."""
+        return self.head.shape[0]
+
+    def embed(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Token ids to the input of block 0: [1, len(tokens), hidden_size]."""
+        ids = torch.tensor([tokens], device=self.embeddings.device)
+        hidden_states = F.embedding(ids, self.embeddings)
+        return self.embeddings_norm(hidden_states) if self.embeddings_norm else hidden_states
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Output of the last block, [rows, hidden_size], to logits, float32 [rows, vocab_size]."""
+        return F.linear(self.final_norm(hidden_states), self.head).float()
+
+
+def load_client_modules(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> ClientModules:
+    """Read the gateway's share of ``checkpoint``, downloading only the files that hold it.
+
+    Raises:
+        ConfigurationError: the checkpoint lacks a tensor, or its architecture is not known.
+    """
+    names = client_tensors(checkpoint.config, checkpoint.tensors)
+    files = checkpoint.fetch([name for name in dataclasses.astuple(names) if name is not None])
+
+    def read(name: str) -> torch.Tensor:
+        with safe_open(files[name], framework="pt", device="cpu") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor.to(device=device, dtype=dtype)
+
+    def read_norm(weight: str, bias: str | None) -> Norm:
+        return Norm(read(weight), read(bias) if bias else None, _norm_epsilon(checkpoint.config))
+
+    embeddings = read(names.embeddings)
+    return ClientModules(
+        embeddings=embeddings,
+        embeddings_norm=(
+            read_norm(names.embeddings_norm_weight, names.embeddings_norm_bias)
+            if names.embeddings_norm_weight
+            else None
+        ),
+        final_norm=read_norm(names.final_norm_weight, names.final_norm_bias),
+        head=read(names.head) if names.head else embeddings,
+    )
+
+
+def _norm_epsilon(config: dict[str, object]) -> float:
+    """Of RMSNorm ("rms_norm_eps") or LayerNorm ("layer_norm_epsilon"), with the defaults of transformers."""
+    epsilon = config.get("rms_norm_eps", config.get("layer_norm_epsilon", 1e-5))
+    if not isinstance(epsilon, int | float):
+        raise ConfigurationError(f"config.json: the norm's epsilon must be a number, not {epsilon!r}")
+    return float(epsilon)
