@@ -208,11 +208,11 @@ def _load(command: StartWorker) -> tuple[Model, SwarmClient, WorkerStarted]:
         torch.set_num_threads(command.threads)
     checkpoint = open_checkpoint(command.repository, command.revision)
     config = checkpoint.config
-    num_blocks = int(config.get("num_hidden_layers") or config["n_layer"])
+    num_blocks = checkpoint.num_blocks
     swarm = SwarmClient(
         SwarmOptions(
             initial_peers=command.initial_peers,
-            dht_prefix=command.dht_prefix or default_dht_prefix(config["model_type"], command.repository),
+            dht_prefix=command.dht_prefix or default_dht_prefix(checkpoint.model_type, command.repository),
             num_blocks=num_blocks,
             active_adapter=command.adapter,
             max_retries=command.max_retries,
@@ -231,7 +231,6 @@ def _load(command: StartWorker) -> tuple[Model, SwarmClient, WorkerStarted]:
         prefill_chunk_tokens=command.prefill_chunk_tokens,
         open_swarm_session=swarm.open_session,
     )
-    swarm.refresh()
     return (
         model,
         swarm,
@@ -247,12 +246,12 @@ def _load(command: StartWorker) -> tuple[Model, SwarmClient, WorkerStarted]:
 
 
 async def _serve(
-    model: Model, swarm: SwarmClient, connection: socket.socket, decoder: FrameDecoder
+    model: Model, swarm: SwarmClient, started: WorkerStarted, connection: socket.socket, decoder: FrameDecoder
 ) -> None:
+    await swarm.refresh()
     reader, writer = await asyncio.open_unix_connection(sock=connection)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, reader.feed_eof)
-    worker = Worker(model, swarm, reader, writer)
-    await worker.run(decoder)
+    writer.write(encode_frame(encode(started)))
+    await Worker(model, swarm, reader, writer).run(decoder)
     writer.close()
     with contextlib.suppress(OSError):
         await writer.wait_closed()
@@ -262,6 +261,7 @@ def main() -> int:
     """Run a worker on the socket whose file descriptor is the only argument."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the gateway, which closes the socket
     connection = socket.socket(fileno=int(sys.argv[1]))
+    signal.signal(signal.SIGTERM, lambda *_: connection.shutdown(socket.SHUT_RD))  # as if the gateway had gone
     decoder = FrameDecoder()
     command = _read_start_command(connection, decoder)
     if command is None:
@@ -269,14 +269,12 @@ def main() -> int:
     try:
         model, swarm, started = _load(command)
     except Exception as error:
-        logger.debug("cannot start", exc_info=True)
         known = error if isinstance(error, PetalsChatError) else InternalError()
         if known is not error:
             logger.exception("the worker cannot start")
         connection.sendall(encode_frame(encode(WorkerFailed(known.report()))))
         return 1
-    connection.sendall(encode_frame(encode(started)))
-    asyncio.run(_serve(model, swarm, connection, decoder))
+    swarm.run(_serve(model, swarm, started, connection, decoder))
     model.batcher.close()
     swarm.close()
     return 0

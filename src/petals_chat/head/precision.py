@@ -28,7 +28,7 @@ def resolve_device(requested: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigurationError(
-            "device: 'cuda' was asked for, but PyTorch finds no CUDA device on this machine. Use 'auto' or 'cpu'"
+            "device: 'cuda' was asked for, but PyTorch finds no CUDA device here. Use 'auto' or 'cpu'"
         )
     return torch.device("cuda", 0)
 

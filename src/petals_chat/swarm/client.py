@@ -1,35 +1,35 @@
 """The swarm as the engine sees it: sessions that turn hidden states into hidden states, and a list of peers.
 
-Wraps Petals' own client: its routing (`RemoteSequenceManager`) and its fault-tolerant `InferenceSession`, which
-moves to another server and replays its inputs when one is lost. Knows nothing of tokens, text or requests.
+Membership in the swarm and the choice of servers are Petals' own (`RemoteSequenceManager`); this module starts
+and stops them, and bridges their blocking calls to asyncio.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import re
-from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from collections.abc import Coroutine
+from typing import Any, Literal, TypeVar
 
-import torch
-
-from petals_chat.errors import AttentionCacheFullError, MissingBlocksError, SwarmError, SwarmUnreachableError
+from petals_chat.errors import SwarmUnreachableError
 from petals_chat.protocol.messages import SwarmPeer
 from petals_chat.swarm import compat
 
 compat.install()
 
-import petals.client.routing.sequence_manager as petals_routing
 from hivemind import DHT
 from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
+from hivemind.proto import runtime_pb2
+from hivemind.utils import MSGPackSerializer
 from petals.client.config import ClientConfig
-from petals.client.inference_session import InferenceSession
+from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.constants import PUBLIC_INITIAL_PEERS
-from petals.data_structures import ServerState
+from petals.data_structures import CHAIN_DELIMITER, RemoteSpanInfo, ServerState
+from petals.server.handler import TransformerConnectionHandler
 
-MAX_CONCURRENT_STEPS = 128
-"""Petals' session blocks a thread for each step that is on its way."""
+from petals_chat.swarm.session import SwarmSession
+
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,22 +54,20 @@ class SwarmClient:
     """
 
     def __init__(self, options: SwarmOptions) -> None:
-        peers = (
-            tuple(PUBLIC_INITIAL_PEERS) if options.initial_peers == "public" else options.initial_peers
-        )
+        public = options.initial_peers == "public"
+        peers = tuple(PUBLIC_INITIAL_PEERS) if public else tuple(options.initial_peers)
         try:
             self._dht = DHT(
                 initial_peers=peers,
                 client_mode=True,
                 num_workers=min(32, options.num_blocks),
                 start=True,
-                use_auto_relay=options.initial_peers == "public",
-                use_relay=options.initial_peers == "public",
+                use_auto_relay=public,
+                use_relay=public,
             )
         except Exception as error:
-            raise SwarmUnreachableError(f"no initial peer of the swarm answers ({', '.join(peers)})") from error
-        self._options = options
-        self._routing = petals_routing.RemoteSequenceManager(
+            raise SwarmUnreachableError(f"no initial peer of the swarm answers: {', '.join(peers)}") from error
+        self._manager = RemoteSequenceManager(
             ClientConfig(
                 initial_peers=peers,
                 dht_prefix=options.dht_prefix,
@@ -83,18 +81,20 @@ class SwarmClient:
             tuple(f"{options.dht_prefix}.{block}" for block in range(options.num_blocks)),
             dht=self._dht,
         )
-        self._threads = ThreadPoolExecutor(MAX_CONCURRENT_STEPS, thread_name_prefix="swarm-step")
+        self._routing = SwarmRouting(self._manager)
 
-    def refresh(self) -> None:
-        """Fetch the list of servers now; blocks until it is there."""
-        with self._routing._thread_start_lock:
-            if not self._routing.is_alive():
-                self._routing._thread.start()
-        self._routing.update(wait=True)
+    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Run ``work`` in hivemind's event loop, where the swarm's sessions live; blocks until it is done."""
+        result: Result = RemoteExpertWorker.run_coroutine(work)
+        return result
+
+    async def refresh(self) -> None:
+        """Fetch the list of servers for the first time; later it is refreshed in the background."""
+        await self._routing.refresh()
 
     def open_session(self, max_length: int) -> SwarmSession:
         """A session with room for ``max_length`` tokens; servers are chosen and memory taken at its first step."""
-        return SwarmSession(InferenceSession(self._routing, max_length), max_length, self._threads)
+        return SwarmSession(self._routing, max_length)
 
     def peers(self) -> tuple[SwarmPeer, ...]:
         """The servers of the model's blocks as the last refresh found them. Never waits."""
@@ -113,75 +113,77 @@ class SwarmClient:
                 adapters=tuple(span.server_info.adapters),
                 using_relay=span.server_info.using_relay,
             )
-            for span in list(self._routing.state.sequence_info.spans_by_priority)
+            for span in list(self._manager.state.sequence_info.spans_by_priority)
         )
 
     def close(self) -> None:
         """Leave the swarm; every session must be closed before. The order keeps hivemind's destructors quiet."""
-        self._threads.shutdown()
-        self._routing.shutdown()
-        RemoteExpertWorker.run_coroutine(self._routing.state.p2p.shutdown())
+        self._manager.shutdown()
+        RemoteExpertWorker.run_coroutine(self._manager.state.p2p.shutdown())
         self._dht.shutdown()
         self._dht.join(5)
 
 
-class SwarmSession:
-    """The attention caches of one session, spread over the swarm's servers.
+class SwarmRouting:
+    """Petals' `RemoteSequenceManager` for asyncio: what may block there runs in a thread here."""
 
-    One step at a time. A step that was begun is finished: it cannot be taken back, since servers have
-    advanced their caches.
-    """
+    def __init__(self, manager: RemoteSequenceManager) -> None:
+        self._manager = manager
+        self.num_blocks = len(manager)
+        self.max_attempts: int = manager.config.max_retries
+        self.connect_timeout: float = manager.config.connect_timeout
+        self.request_timeout: float = manager.config.request_timeout
+        self.p2p = manager.state.p2p
+        self._tensor_schema: Any = None
 
-    def __init__(self, session: InferenceSession, max_length: int, threads: ThreadPoolExecutor) -> None:
-        self._session = session
-        self._threads = threads
-        self.max_length = max_length
-        self.position = 0
-        """Tokens that the caches hold."""
+    async def refresh(self) -> None:
+        """Wait until the list of servers has been fetched."""
 
-    async def step(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Send hidden states through all blocks.
+        def first_refresh() -> None:
+            with self._manager._thread_start_lock:  # as its own methods start the thread
+                if not self._manager.is_alive():
+                    self._manager._thread.start()
+            self._manager.ready.wait()
 
-        Args:
-            hidden_states: [1, tokens, hidden_size], following those of the steps before.
+        await asyncio.to_thread(first_refresh)
 
-        Returns:
-            [1, tokens, hidden_size], of the same dtype and on the same device.
-
-        Raises:
-            SwarmError, AttentionCacheFullError: the session must be closed, its caches are lost.
-        """
-        loop = asyncio.get_running_loop()
-        try:
-            outputs = await loop.run_in_executor(self._threads, self._step, hidden_states)
-        except Exception as error:
-            raise _translate(error) from error
-        self.position += hidden_states.shape[1]
-        return outputs
-
-    def _step(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode():
-            outputs: torch.Tensor = self._session.step(hidden_states)
-        return outputs
-
-    async def close(self) -> None:
-        """Free the servers' memory for this session."""
-        await asyncio.get_running_loop().run_in_executor(
-            self._threads, self._session.__exit__, None, None, None
+    async def find_servers(self, start: int, end: int, cache_tokens: int) -> list[RemoteSpanInfo]:
+        """The chain of servers for the blocks from ``start`` up to ``end`` that promises the shortest step."""
+        spans: list[RemoteSpanInfo] = await asyncio.to_thread(
+            self._manager.make_sequence, start, end, mode="min_latency", cache_tokens_needed=cache_tokens
         )
+        spans[-1].end = min(spans[-1].end, end)  # the last server may hold more
+        return spans
 
+    async def tensor_schema(self, span: RemoteSpanInfo) -> Any:
+        """How servers want hidden states; the server of ``span`` is asked, for all and for ever, as Petals does."""
+        if self._tensor_schema is None:
+            stub = TransformerConnectionHandler.get_stub(self.p2p, span.peer_id)
+            request = runtime_pb2.ExpertUID(uid=self._manager.block_uids[span.start])
+            async with asyncio.timeout(self.connect_timeout):
+                response = await stub.rpc_info(request)
+            self._tensor_schema, _ = MSGPackSerializer.loads(response.serialized_info)["inference_schema"]
+        return self._tensor_schema
 
-def _translate(error: Exception) -> SwarmError | AttentionCacheFullError:
-    """Petals' exceptions, of which remote ones arrive as text only, in terms of our own."""
-    if isinstance(error, petals_routing.MissingBlocksError):
-        return MissingBlocksError(_block_numbers(str(error)))
-    text = str(error)
-    if "AllocationFailed" in text or "Could not allocate" in text:
-        return AttentionCacheFullError()
-    return SwarmUnreachableError(f"a server of the swarm failed: {type(error).__name__}")
+    def request_metadata(self, span: RemoteSpanInfo, uids: str) -> dict[str, Any]:
+        """What a server wants to know when a session begins: adapter and points."""
+        metadata: dict[str, Any] = self._manager.get_request_metadata(
+            "rpc_inference", uids, peer_id=span.peer_id
+        )
+        return metadata
 
+    def uids(self, span: RemoteSpanInfo) -> str:
+        """The names of the blocks of ``span``."""
+        return CHAIN_DELIMITER.join(self._manager.block_uids[span.start : span.end])
 
-def _block_numbers(message: str) -> list[int]:
-    """The blocks in "No servers holding blocks [1, 2] are online ..." or "... blocks 3 are online ..."."""
-    listed = re.search(r"holding blocks (\[[\d, ]*\]|\d+)", message)
-    return [int(number) for number in re.findall(r"\d+", listed.group(1))] if listed else []
+    def note_failure(self, span: RemoteSpanInfo | None) -> None:
+        """Avoid the server for a while; without servers left for a block, look for others."""
+        self._manager.on_request_failure(span.peer_id if span else None)
+
+    def note_success(self, span: RemoteSpanInfo) -> None:
+        """Forget the server's failures."""
+        self._manager.on_request_success(span.peer_id)
+
+    def retry_delay(self, attempt: int) -> float:
+        """Seconds to wait after the failed attempt number ``attempt``, counted from 0."""
+        return float(self._manager.get_retry_delay(attempt))

@@ -1,7 +1,7 @@
-"""Everything that can be configured, typed and validated, as one frozen `Settings`.
+"""The settings themselves: their names, types, limits, defaults and meanings, as frozen sections.
 
-Defaults < ``petals-chat.toml`` < environment < command line. This module is the only reader of the
-environment. It knows what a valid configuration is, not what is done with it.
+This module knows what a valid configuration is; not where it comes from (`petals_chat.settings.loading`), nor
+what is done with it. The docstrings of the fields are the text of docs/configuration.md.
 """
 
 from __future__ import annotations
@@ -12,8 +12,35 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Seconds = Annotated[float, Field(gt=0)]
-Multiaddress = Annotated[str, Field(pattern=r"^/(ip4|ip6|dns|dns4|dns6)/.+/p2p/\w+$")]
+Text = Annotated[str, Field(min_length=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# "wording" completes the sentence "it must be a string ..." where the pattern alone would not be readable.
+Multiaddress = Annotated[
+    str,
+    Field(
+        pattern=r"^/(ip4|ip6|dns|dns4|dns6)/.+/p2p/\w+$",
+        json_schema_extra={"wording": 'like "/ip4/192.0.2.1/tcp/31337/p2p/QmServer"'},
+    ),
+]
+Origin = Annotated[
+    str,
+    Field(
+        pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^/\s]+)$",
+        json_schema_extra={"wording": 'like "https://example.org" (no path, no slash at the end) or "*"'},
+    ),
+]
+UrlPath = Annotated[
+    str,
+    Field(
+        pattern=r"^(/[^/?#\s]+)*$",
+        json_schema_extra={"wording": 'like "/chat" (no slash at the end), or empty'},
+    ),
+]
+DhtPrefix = Annotated[
+    str,
+    # Petals refuses dots; spaces would cut the names of blocks in its space-separated lists.
+    Field(pattern=r"^[^.\s]+$", json_schema_extra={"wording": "without dots and spaces"}),
+]
 
 
 class Device(enum.StrEnum):
@@ -25,7 +52,7 @@ class Device(enum.StrEnum):
 
 
 class Dtype(enum.StrEnum):
-    """Precision of weights and hidden states. ``AUTO``: bfloat16 if the device computes in it, else float32."""
+    """Precision of weights and hidden states. ``AUTO``: bfloat16 if the device has it, else float32."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -33,22 +60,24 @@ class Dtype(enum.StrEnum):
     FLOAT16 = "float16"
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A table of settings."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class ServerSettings(_Section):
+class ServerSettings(Section):
     """``[server]``: where the gateway listens and who may use it."""
 
-    host: str = "127.0.0.1"
+    host: Text = "127.0.0.1"
     """Address to listen on. "0.0.0.0" = all of this machine's IPv4 addresses."""
     port: Annotated[int, Field(ge=0, le=65535)] = 5000
     """TCP port; 0 = any free one."""
-    root_path: Annotated[str, Field(pattern=r"^(/[^/?#\s]+)*$")] = ""
-    """Path under which a reverse proxy publishes the server, like "/chat"."""
+    root_path: UrlPath = ""
+    """Path under which a reverse proxy publishes the server; empty = at the root."""
     forwarded_allow_ips: str = "127.0.0.1"
     """Addresses of proxies whose X-Forwarded-* headers are believed, separated by commas."""
-    cors_origins: tuple[str, ...] = ("*",)
+    cors_origins: tuple[Origin, ...] = ("*",)
     """Origins whose pages may call the HTTP API."""
     debug_tracebacks: bool = False
     """Put whole Python tracebacks into the API's error replies."""
@@ -56,7 +85,7 @@ class ServerSettings(_Section):
     """How much is logged. Prompts and answers are never logged."""
 
 
-class LimitSettings(_Section):
+class LimitSettings(Section):
     """``[limits]``: what one client, and all clients together, may use."""
 
     max_message_bytes: Annotated[int, Field(ge=1024, le=16 * 1024 * 1024)] = 1024 * 1024
@@ -81,13 +110,13 @@ class LimitSettings(_Section):
     """A single generation is ended with an error after this time."""
 
 
-class SwarmSettings(_Section):
+class SwarmSettings(Section):
     """``[swarm]``: which Petals swarm serves the models, and the host that is started if none does."""
 
     initial_peers: Literal["public"] | tuple[Multiaddress, ...] = ()
-    """Addresses of the swarm's known members, or "public". None = a private swarm, started on this machine."""
-    dht_prefix: str | None = None
-    """Name of a model's blocks in the swarm. None = Petals' own rule for the model."""
+    """Addresses of known members of the swarm, or "public". Empty = a private swarm of this machine."""
+    dht_prefix: DhtPrefix | None = None
+    """Name of a model's blocks in the swarm. Unset = Petals' own rule for the model."""
     max_retries: Annotated[int, Field(ge=1, le=100)] = 4
     """Attempts at one step before it fails."""
     request_timeout_seconds: Seconds = 180
@@ -101,12 +130,12 @@ class SwarmSettings(_Section):
     host_address: str = "127.0.0.1"
     """Address on which the started host accepts other machines; the default accepts none."""
     host_port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """TCP port of the started host; 0 = any free one. The second private model uses the next port, and so on."""
+    """TCP port of the started host; 0 = any free one. The second private model has the next port, etc."""
     host_cache_tokens: Annotated[int, Field(ge=64)] = 16384
     """Tokens for which the started host keeps attention caches, all sessions together."""
 
 
-class EngineSettings(_Section):
+class EngineSettings(Section):
     """``[engine]``: the processes that hold embeddings and LM heads, and the started host."""
 
     device: Device = Device.AUTO
@@ -118,51 +147,57 @@ class EngineSettings(_Section):
     start_timeout_seconds: Seconds = 3600
     """Time for a model to load, downloads included."""
     data_dir: Path | None = None
-    """Where identities of hosts and built models are kept. None = the user's data directory."""
+    """Where identities of hosts and built models are kept. Unset = the user's data directory."""
 
 
-class GenerationDefaults(_Section):
+class GenerationDefaults(Section):
     """Sampling settings that the page and the terminal chat start with."""
 
     do_sample: bool = True
+    """Draw the next token; false = always take the likeliest."""
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.6
+    """Higher = more varied. 0 = always the likeliest token."""
     top_k: Annotated[int, Field(ge=0)] = 0
+    """Draw among this many likeliest tokens; 0 = off."""
     top_p: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Draw among the likeliest tokens that together have this probability; 1 = off."""
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """Above 1, tokens that the session already has become less likely; 1 = off."""
 
 
-class ChatSettings(_Section):
+class ChatSettings(Section):
     """How a chat with the model is worded, for models without a chat template, and its limits."""
 
     max_session_length: Annotated[int, Field(ge=16)] = 8192
     """Tokens of one session, prompt and answers together."""
-    sep_token: str = "###"
+    sep_token: str = "###"  # noqa: S105 - a token of text
     """Stands between the turns."""
-    stop_token: str = "###"
+    stop_token: Text = "###"  # noqa: S105
     """Ends an answer."""
-    extra_stop_sequences: tuple[str, ...] = ("</s>",)
+    extra_stop_sequences: tuple[Text, ...] = ("</s>",)
     """End an answer too."""
     generation: GenerationDefaults = GenerationDefaults()
     """What the page and the terminal chat start with."""
 
 
-class ModelSettings(_Section):
+class ModelSettings(Section):
     """One served model. Its key is the name of its table: ``[models."owner/name"]``."""
 
-    key: str
-    repository: str
+    key: Text
+    """What clients ask for. It is not written inside the table: it is the table's name."""
+    repository: Text
     """Hub name, or local directory, of the checkpoint."""
-    revision: str | None = None
+    revision: Text | None = None
     """Branch, tag or commit on the hub."""
-    adapter: str | None = None
+    adapter: Text | None = None
     """Hub name or local directory of a PEFT adapter, which the swarm's hosts must hold too."""
-    aliases: tuple[str, ...] = ()
+    aliases: tuple[Text, ...] = ()
     """Other names under which clients may ask for the model."""
     public_api: bool = True
     """False = only this server's own page may use the model (the licence of some models demands it)."""
-    name: str
+    name: Text
     """What people read."""
-    family: str = "Other"
+    family: Text = "Other"
     """Heading under which the page lists the model."""
     model_card: str | None = None
     """URL of its description."""
@@ -170,7 +205,7 @@ class ModelSettings(_Section):
     """URL of its licence."""
     initial_peers: Literal["public"] | tuple[Multiaddress, ...] | None = None
     """Overrides ``swarm.initial_peers``; [] = a private swarm on this machine."""
-    dht_prefix: str | None = None
+    dht_prefix: DhtPrefix | None = None
     """Overrides ``swarm.dht_prefix``."""
     device: Device | None = None
     """Overrides ``engine.device``."""
@@ -179,7 +214,7 @@ class ModelSettings(_Section):
     chat: ChatSettings = ChatSettings()
 
 
-class Settings(_Section):
+class Settings(Section):
     """The whole configuration; ``models`` in the order of the families, the default model first."""
 
     server: ServerSettings = ServerSettings()

@@ -1,0 +1,1 @@
+"""The subcommands of ``petals-chat``, one module each: their options, and what they start."""

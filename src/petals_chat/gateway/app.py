@@ -1,0 +1,85 @@
+"""The gateway as an ASGI application: here everything is built and put together, and nothing else happens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+
+import petals_chat
+from petals_chat.engine.interface import Engine
+from petals_chat.gateway.admission import LimitedEngine
+from petals_chat.gateway.error_responses import ErrorResponses
+from petals_chat.gateway.http_v1 import HttpV1
+from petals_chat.gateway.models import ModelRegistry
+from petals_chat.gateway.pages import Pages
+from petals_chat.gateway.sessions_v1 import SessionRegistry
+from petals_chat.gateway.status import StatusPages
+from petals_chat.gateway.websocket_v2 import WebSocketV2
+from petals_chat.settings import Settings
+
+_DESCRIPTION = """
+Generates text with language models that are served by a Petals swarm.
+
+This page describes the HTTP API v1. The same, token by token, is offered by the WebSocket API v2 at
+`/api/v2/generate`; WebSockets are beyond this page's format, so it has a document of its own.
+"""
+
+
+def create_app(
+    settings: Settings, engine: Engine, *, lifespan: AbstractAsyncContextManager[object] | None = None
+) -> FastAPI:
+    """The gateway's application.
+
+    Args:
+        engine: generates; it may still be loading its models when the app starts.
+        lifespan: entered when the app starts, left when it has ended; for an engine that the app shall run.
+
+    Raises:
+        ConfigurationError: there are no models.
+    """
+    models = ModelRegistry(settings.models)
+    errors = ErrorResponses(debug=settings.server.debug_tracebacks)
+    limited_engine = LimitedEngine(engine, settings.limits)
+    sessions = SessionRegistry(limited_engine, settings.limits)
+    status = StatusPages(models, engine)
+
+    @asynccontextmanager
+    async def run(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            if lifespan is not None:
+                await stack.enter_async_context(lifespan)
+            stack.push_async_callback(sessions.close_all)
+            async with asyncio.TaskGroup() as tasks:
+                background = [
+                    tasks.create_task(sessions.expire_idle_sessions()),
+                    tasks.create_task(status.sample_rates()),
+                ]
+                yield
+                for task in background:
+                    task.cancel()
+
+    app = FastAPI(
+        title="Petals Chat",
+        version=petals_chat.__version__,
+        description=_DESCRIPTION,
+        root_path=settings.server.root_path,
+        redoc_url=None,
+        lifespan=run,
+    )
+    app.include_router(HttpV1(models, limited_engine, sessions, errors, settings.limits).router())
+    app.include_router(status.router())
+    websocket_v2 = WebSocketV2(models, limited_engine, errors, settings.limits)
+    app.router.add_websocket_route("/api/v2/generate", websocket_v2.generate)
+    app.router.default = Pages()
+    errors.register(app)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=settings.server.cors_origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+    )
+    return app

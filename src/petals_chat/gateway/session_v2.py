@@ -1,0 +1,249 @@
+"""The protocol of API v2 on one connection, without I/O: frames and engine events in, actions out.
+
+A client opens one session, then sends ``generate`` requests, also ahead of the replies; they are done one
+after the other, in order. Whatever is wrong takes its place in that order too: what came before it is still
+answered, then its error is the last frame. This class never awaits, sleeps or reads a clock; the socket and
+the engine are `petals_chat.gateway.websocket_v2`'s.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from petals_chat.engine.interface import Chunk
+from petals_chat.errors import (
+    InvalidParameterError,
+    MaximumLengthExceededError,
+    MessageTooLargeError,
+    PetalsChatError,
+    ProtocolViolationError,
+    SessionExpiredError,
+    TooManyRequestsError,
+)
+from petals_chat.gateway.models import ModelRegistry
+from petals_chat.gateway.parameters import (
+    GenerationParametersV2,
+    SessionParameters,
+    parse,
+    parse_generation,
+)
+from petals_chat.protocol.messages import FinishReason, GenerationRequest
+from petals_chat.settings import LimitSettings
+
+_MAX_SHOWN_CHARS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSession:
+    """Open the engine's session; then call `SessionV2.session_opened`, or `SessionV2.failed`."""
+
+    model_key: str
+    max_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class StartGeneration:
+    """Generate in the session; then call `SessionV2.chunk_generated` per chunk, or `SessionV2.failed`."""
+
+    request: GenerationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class SendFrame:
+    """Send a text frame."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """Send the error as the last frame, and close the connection."""
+
+    error: PetalsChatError
+
+
+Action = OpenSession | StartGeneration | SendFrame | Fail
+
+
+class _Reply(msgspec.Struct):
+    ok: bool
+    outputs: str
+    stop: bool
+    token_count: int
+
+
+_encode = msgspec.json.Encoder().encode
+_OPENED = SendFrame('{"ok":true}')
+
+
+class SessionV2:
+    """One connection's state. Each method returns what is to be done now, in this order.
+
+    Args:
+        same_origin: the connection comes from this server's own page.
+    """
+
+    def __init__(self, models: ModelRegistry, limits: LimitSettings, *, same_origin: bool) -> None:
+        self._models = models
+        self._limits = limits
+        self._same_origin = same_origin
+        self._opening: OpenSession | None = None
+        self._pending: deque[OpenSession | StartGeneration | Fail] = deque()
+        self._running: OpenSession | StartGeneration | None = None
+        self._last_words = False
+        """An error is among the pending, or was handed out: what the client sends after it is not read."""
+        self._texts: list[str] = []
+        self._token_count = 0
+
+    def receive_text(self, frame: str) -> list[Action]:
+        """A text frame came from the client."""
+        if self._last_words:
+            return []
+        try:
+            return self._enqueue(self._parse(frame))
+        except PetalsChatError as error:
+            return self._enqueue(Fail(error))
+
+    def receive_bytes(self) -> list[Action]:
+        """A binary frame came from the client."""
+        if self._last_words:
+            return []
+        return self._enqueue(
+            Fail(ProtocolViolationError("binary frames are not used here; send JSON as text"))
+        )
+
+    def session_opened(self) -> list[Action]:
+        """The engine has opened the session."""
+        assert isinstance(self._running, OpenSession)
+        self._running = None
+        return [_OPENED, *self._next()]
+
+    def chunk_generated(self, chunk: Chunk) -> list[Action]:
+        """The engine has generated a piece of text."""
+        assert isinstance(self._running, StartGeneration)
+        if self._running.request.stop_sequences:
+            return self._stream(chunk)
+        return self._collect(chunk)
+
+    def failed(self, error: PetalsChatError) -> list[Action]:
+        """The engine could not do what was asked of it."""
+        self._running = None
+        self._pending.clear()
+        self._last_words = True
+        return [Fail(error)]
+
+    def idle_timed_out(self) -> list[Action]:
+        """The client has asked for nothing for ``limits.connection_idle_timeout_seconds``."""
+        assert self._running is None
+        seconds = self._limits.connection_idle_timeout_seconds
+        return self.failed(
+            SessionExpiredError("of this connection", f"nothing was asked for in {seconds:g} s")
+        )
+
+    def _stream(self, chunk: Chunk) -> list[Action]:
+        """Pass a chunk on. Only a stop text, the model's end or the asked length ends the client's turn."""
+        reason = chunk.finish_reason
+        stop = reason is not None and reason not in (FinishReason.CONTEXT_FULL, FinishReason.CANCELLED)
+        frame = SendFrame(_encode(_Reply(True, chunk.text, stop, chunk.token_count)).decode())
+        if reason is None:
+            return [frame]
+        if reason is FinishReason.CONTEXT_FULL:
+            return [frame, *self.failed(self._context_full())]
+        if reason is FinishReason.CANCELLED:
+            return [frame, *self.failed(_cancelled())]
+        self._running = None
+        return [frame, *self._next()]
+
+    def _collect(self, chunk: Chunk) -> list[Action]:
+        """Keep the chunk for the single reply, or send that, if it was the last one."""
+        self._texts.append(chunk.text)
+        self._token_count += chunk.token_count
+        if chunk.finish_reason is None:
+            return []
+        if chunk.finish_reason is FinishReason.CANCELLED:
+            return self.failed(_cancelled())
+        reply = _Reply(True, "".join(self._texts), True, self._token_count)
+        self._texts, self._token_count = [], 0
+        self._running = None
+        return [SendFrame(_encode(reply).decode()), *self._next()]
+
+    def _enqueue(self, request: OpenSession | StartGeneration | Fail) -> list[Action]:
+        waiting = len(self._pending)
+        if waiting >= self._limits.max_pending_requests:
+            request = Fail(
+                TooManyRequestsError(
+                    f"{waiting} requests already wait on this connection; wait for their replies first"
+                )
+            )
+        self._last_words = isinstance(request, Fail)
+        self._pending.append(request)
+        return self._next()
+
+    def _next(self) -> list[Action]:
+        if self._running is not None or not self._pending:
+            return []
+        request = self._pending.popleft()
+        if not isinstance(request, Fail):
+            self._running = request
+        return [request]
+
+    def _parse(self, frame: str) -> OpenSession | StartGeneration:
+        message = self._decode(frame)
+        match message.get("type"):
+            case "open_inference_session":
+                return self._parse_open(message)
+            case "generate":
+                return self._parse_generate(message)
+            case other:
+                raise ProtocolViolationError(
+                    'type: it must be "open_inference_session" or "generate", '
+                    f"but {ascii(other)[:_MAX_SHOWN_CHARS]} was given"
+                )
+
+    def _decode(self, frame: str) -> Mapping[str, Any]:
+        data = frame.encode()
+        if len(data) > self._limits.max_message_bytes:
+            raise MessageTooLargeError(self._limits.max_message_bytes)
+        try:
+            message = msgspec.json.decode(data)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            raise ProtocolViolationError(f"the frame is not valid JSON: {error}") from None
+        if not isinstance(message, dict):
+            raise ProtocolViolationError('the frame must be a JSON object, like {"type": "generate", ...}')
+        return message
+
+    def _parse_open(self, message: Mapping[str, Any]) -> OpenSession:
+        if self._opening is not None:
+            raise ProtocolViolationError("this connection already has its inference session")
+        parameters = parse(SessionParameters, message)
+        model = self._models.find_usable(parameters.model, same_origin=self._same_origin)
+        self._opening = OpenSession(model.key, parameters.max_length)
+        return self._opening
+
+    def _parse_generate(self, message: Mapping[str, Any]) -> StartGeneration:
+        if self._opening is None:
+            raise ProtocolViolationError("open_inference_session must come before generate")
+        parameters = parse_generation(GenerationParametersV2, message)
+        if (
+            parameters.model is not None
+            and self._models.find(parameters.model).key != self._opening.model_key
+        ):
+            raise InvalidParameterError(
+                "model",
+                f"the session was opened with {self._opening.model_key!r}, and cannot change its model",
+            )
+        return StartGeneration(parameters.request(self._limits))
+
+    def _context_full(self) -> MaximumLengthExceededError:
+        assert self._opening is not None
+        limit = self._opening.max_length
+        return MaximumLengthExceededError(f"the {limit} tokens of the session are used up", limit=limit)
+
+
+def _cancelled() -> SessionExpiredError:
+    return SessionExpiredError("of this connection", "the server ended it")

@@ -1,0 +1,193 @@
+"""How the service and its models are: for load balancers, bots, and the page. Never waits for the engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, NoReturn
+
+import msgspec
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, Field
+from starlette.responses import Response
+
+from petals_chat.engine.interface import Engine, ModelState, ModelStatus
+from petals_chat.gateway.error_responses import ErrorReply
+from petals_chat.gateway.models import ModelRegistry
+from petals_chat.protocol.messages import SwarmPeer
+from petals_chat.settings import ModelSettings
+
+RATE_WINDOW_SECONDS = 60.0
+SAMPLING_PERIOD_SECONDS = 5.0
+
+
+class Health(BaseModel):
+    """The process answers."""
+
+    ok: Literal[True] = True
+
+
+class Readiness(BaseModel):
+    """Whether a model can answer."""
+
+    ok: bool
+    models: dict[str, ModelState] = Field(description="The state of each model.")
+
+
+class BlockStatus(BaseModel):
+    """Who serves a transformer block."""
+
+    block: int
+    num_peers: int = Field(description="Online servers that hold it.")
+
+
+class ServiceStatus(BaseModel):
+    """One model's part of the swarm, as the gateway sees it."""
+
+    ok: Literal[True] = True
+    model_name: str
+    state: ModelState
+    num_peers: int
+    peers: list[dict[str, Any]] = Field(description="The servers, each with the blocks [start, end).")
+    block_status: list[BlockStatus]
+    block_coverage: float = Field(description="The part of the blocks that is served, from 0 to 1.")
+    total_blocks: int = Field(description="0 as long as the model has not been loaded.")
+    tokens_per_second: float = Field(description="Generated for all clients, over the last minute.")
+    uptime_seconds: float = Field(description="Since the gateway started.")
+
+
+class ModelList(BaseModel):
+    """What the page needs to know of the models."""
+
+    models: list[dict[str, Any]]
+
+
+class TokenRate:
+    """Tokens per second over the last minute, from counts that start again at 0 with each new worker.
+
+    Workers count, and report every few seconds; so nothing has to be done for it per token here, and it does
+    not matter which API a token was for.
+    """
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, int]] = deque()
+
+    def add(self, now: float, tokens: int) -> None:
+        """Note that ``tokens`` were generated up to the time ``now`` (seconds)."""
+        if self._samples and tokens < self._samples[-1][1]:
+            self._samples.clear()
+        self._samples.append((now, tokens))
+        while now - self._samples[0][0] > RATE_WINDOW_SECONDS:
+            self._samples.popleft()
+
+    def per_second(self) -> float:
+        """The rate; 0 as long as there are no two samples."""
+        if len(self._samples) < 2:
+            return 0.0
+        (began, first), (ended, last) = self._samples[0], self._samples[-1]
+        return (last - first) / (ended - began) if ended > began else 0.0
+
+
+class StatusPages:
+    """The endpoints. `sample_rates` must be running for ``tokens_per_second``."""
+
+    def __init__(self, models: ModelRegistry, engine: Engine) -> None:
+        self._models = models
+        self._engine = engine
+        self._rates = {model.key: TokenRate() for model in models}
+        self._started_at: float | None = None
+
+    async def sample_rates(self) -> NoReturn:
+        """Follow what the workers report."""
+        loop = asyncio.get_running_loop()
+        self._started_at = loop.time()
+        while True:
+            for key, status in self._engine.statuses.items():
+                if status.report is not None:
+                    self._rates[key].add(loop.time(), status.report.tokens_generated)
+            await asyncio.sleep(SAMPLING_PERIOD_SECONDS)
+
+    def router(self) -> APIRouter:
+        """The routes, with their documentation."""
+        router = APIRouter(tags=["Status"])
+        router.add_api_route("/healthz", self.healthz, response_model=Health)
+        router.add_api_route(
+            "/readyz", self.readyz, response_model=Readiness, responses={503: {"model": Readiness}}
+        )
+        router.add_api_route(
+            "/api/status",
+            self.status,
+            response_model=ServiceStatus,
+            responses={404: {"model": ErrorReply, "description": "There is no such model."}},
+        )
+        router.add_api_route("/api/models", self.list_models, response_model=ModelList)
+        return router
+
+    async def healthz(self) -> Response:
+        """Say that the process is up."""
+        return _json(Health())
+
+    async def readyz(self) -> Response:
+        """Say whether any model can answer (200) or none can (503)."""
+        states = {model.key: self._engine.statuses[model.key].state for model in self._models}
+        ready = ModelState.READY in states.values()
+        return _json(Readiness(ok=ready, models=states), 200 if ready else 503)
+
+    async def status(
+        self,
+        model: Annotated[str | None, Query(description="Without it, the default model.")] = None,
+    ) -> Response:
+        """Describe a model's part of the swarm.
+
+        Raises:
+            UnknownModelError: there is no such model.
+        """
+        key = self._models.find(model).key
+        status = self._engine.statuses[key]
+        peers = status.report.peers if status.report else ()
+        blocks = list(_block_statuses(status, peers))
+        served = sum(block.num_peers > 0 for block in blocks)
+        now = asyncio.get_running_loop().time()
+        return _json(
+            ServiceStatus(
+                model_name=key,
+                state=status.state,
+                num_peers=len({peer.peer_id for peer in peers}),
+                peers=[msgspec.to_builtins(peer) for peer in peers],
+                block_status=blocks,
+                block_coverage=served / len(blocks) if blocks else 0.0,
+                total_blocks=len(blocks),
+                tokens_per_second=self._rates[key].per_second(),
+                uptime_seconds=now - self._started_at if self._started_at is not None else 0.0,
+            )
+        )
+
+    async def list_models(self) -> Response:
+        """List the models, the default one first, with what a chat with them needs."""
+        return _json(ModelList(models=[self._describe(model) for model in self._models]))
+
+    def _describe(self, model: ModelSettings) -> dict[str, Any]:
+        status = self._engine.statuses[model.key]
+        chat = model.chat.model_dump()
+        limit = chat.pop("max_session_length")
+        shown = model.model_dump(include={"key", "name", "family", "model_card", "license", "public_api"})
+        return {
+            **shown,
+            "default": model is self._models.default,
+            "state": status.state,
+            "missing_blocks": status.missing_blocks,
+            "max_session_length": status.worker.max_session_length if status.worker else limit,
+            "chat": chat,
+        }
+
+
+def _block_statuses(status: ModelStatus, peers: tuple[SwarmPeer, ...]) -> Iterator[BlockStatus]:
+    online = [peer for peer in peers if peer.state.lower() == "online"]
+    for block in range(status.worker.num_blocks if status.worker else 0):
+        yield BlockStatus(block=block, num_peers=sum(peer.start <= block < peer.end for peer in online))
+
+
+def _json(reply: BaseModel, status_code: int = 200) -> Response:
+    # By pydantic, because servers may announce an infinite throughput, which Python's own JSON refuses.
+    return Response(reply.model_dump_json(), status_code, media_type="application/json")

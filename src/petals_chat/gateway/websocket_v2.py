@@ -1,0 +1,182 @@
+"""The WebSocket endpoint of API v2: moves frames between a socket, the protocol state and the engine.
+
+Two tasks serve a connection. One reads, all the time, so that a client that goes away is noticed in the
+middle of a generation. The other performs the protocol's actions, one after the other; each send waits until
+the socket takes the frame, so a client that reads slowly slows its generation down, and nothing is buffered
+beyond the engine's small window. What may be sent, and when, is `petals_chat.gateway.session_v2`'s affair.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from contextlib import aclosing, suppress
+from typing import NoReturn
+
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from petals_chat.engine.interface import Engine, EngineSession
+from petals_chat.errors import PetalsChatError, TooManyRequestsError
+from petals_chat.gateway.admission import Slots
+from petals_chat.gateway.deadlines import deadline
+from petals_chat.gateway.error_responses import ErrorResponses
+from petals_chat.gateway.models import ModelRegistry
+from petals_chat.gateway.origins import is_same_origin
+from petals_chat.gateway.session_v2 import (
+    Action,
+    Fail,
+    OpenSession,
+    SendFrame,
+    SessionV2,
+    StartGeneration,
+)
+from petals_chat.protocol.messages import GenerationRequest
+from petals_chat.settings import LimitSettings
+
+
+class WebSocketV2:
+    """The endpoint; it serves any number of connections."""
+
+    def __init__(
+        self, models: ModelRegistry, engine: Engine, errors: ErrorResponses, limits: LimitSettings
+    ) -> None:
+        self._models = models
+        self._engine = engine
+        self._errors = errors
+        self._limits = limits
+        self._connections = Slots(limits.max_connections, "WebSocket connections")
+
+    async def generate(self, websocket: WebSocket) -> None:
+        """Serve one connection until its end."""
+        await websocket.accept()
+        protocol = SessionV2(self._models, self._limits, same_origin=is_same_origin(websocket))
+        connection = _Connection(websocket, protocol, self._engine, self._errors, self._limits)
+        try:
+            self._connections.take()
+        except TooManyRequestsError as error:
+            await connection.close_with(error)
+            return
+        try:
+            await connection.run()
+        finally:
+            self._connections.free()
+
+
+class _ConnectionEnded(Exception):
+    """Ends both tasks of a connection, whichever noticed first that it is over."""
+
+
+class _Connection:
+    def __init__(
+        self,
+        websocket: WebSocket,
+        protocol: SessionV2,
+        engine: Engine,
+        errors: ErrorResponses,
+        limits: LimitSettings,
+    ) -> None:
+        self._websocket = websocket
+        self._protocol = protocol
+        self._engine = engine
+        self._errors = errors
+        self._limits = limits
+        self._actions: asyncio.Queue[Action] = asyncio.Queue()  # bounded by the protocol
+        self._session: EngineSession | None = None
+
+    async def run(self) -> None:
+        """Serve the connection until its end, and free its session whatever happens."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._read_frames())
+                tasks.create_task(self._perform_actions())
+        except* _ConnectionEnded:
+            pass
+        except* Exception as unexpected:
+            await self.close_with(unexpected.exceptions[0])
+        finally:
+            if self._session is not None:
+                await self._session.close()
+
+    async def close_with(self, error: Exception) -> None:
+        """Send the error as the last frame, if the client is still there, and close the socket."""
+        frame, close_code, reason = self._errors.websocket(error)
+        with suppress(_ConnectionEnded, WebSocketDisconnect, RuntimeError):
+            await self._send(frame)
+            await self._websocket.close(close_code, reason)
+
+    async def _read_frames(self) -> NoReturn:
+        while True:
+            message = await self._websocket.receive()
+            if message["type"] == "websocket.disconnect":
+                raise _ConnectionEnded
+            text = message.get("text")
+            self._put(self._protocol.receive_bytes() if text is None else self._protocol.receive_text(text))
+
+    async def _perform_actions(self) -> NoReturn:
+        while True:
+            match await self._next_action():
+                case SendFrame(text):
+                    await self._send(text)
+                case OpenSession(model_key, max_length):
+                    await self._open(model_key, max_length)
+                case StartGeneration(request):
+                    await self._generate(request)
+                case Fail(error):
+                    await self.close_with(error)
+                    raise _ConnectionEnded
+
+    def _put(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            self._actions.put_nowait(action)
+
+    async def _next_action(self) -> Action:
+        try:
+            # Nothing runs while this waits, so it is the client that is idle.
+            async with asyncio.timeout(self._limits.connection_idle_timeout_seconds):
+                return await self._actions.get()
+        except TimeoutError:
+            if self._actions.empty():  # else a frame came in the same moment
+                self._put(self._protocol.idle_timed_out())
+            return self._actions.get_nowait()
+
+    async def _open(self, model_key: str, max_length: int) -> None:
+        try:
+            async with deadline(self._limits.request_timeout_seconds):
+                self._session = await self._engine.open_session(model_key, max_length)
+        except PetalsChatError as error:
+            self._put(self._protocol.failed(error))
+        else:
+            self._put(self._protocol.session_opened())
+
+    async def _generate(self, request: GenerationRequest) -> None:
+        assert self._session is not None
+        finish_reason = None
+        try:
+            async with (
+                deadline(self._limits.request_timeout_seconds),
+                aclosing(self._session.generate(request)) as chunks,
+            ):
+                async for chunk in chunks:
+                    finish_reason = chunk.finish_reason
+                    await self._perform_sends(self._protocol.chunk_generated(chunk))
+        except PetalsChatError as error:
+            self._put(self._protocol.failed(error))
+        else:
+            assert finish_reason is not None, "the engine ended a generation without a reason"
+
+    async def _perform_sends(self, actions: Iterable[Action]) -> None:
+        """Send the frames now, and leave what follows them for when the engine's iterator has ended."""
+        for action in actions:
+            if isinstance(action, SendFrame):
+                await self._send(action.text)
+            else:
+                self._actions.put_nowait(action)
+
+    async def _send(self, text: str) -> None:
+        try:
+            # A client that takes nothing for so long is gone, though its end of the socket may still be open.
+            async with asyncio.timeout(self._limits.connection_idle_timeout_seconds):
+                await self._websocket.send({"type": "websocket.send", "text": text})
+        except (TimeoutError, WebSocketDisconnect, RuntimeError):
+            # RuntimeError is what starlette and uvicorn raise if the socket was closed from this side.
+            raise _ConnectionEnded from None

@@ -1,0 +1,152 @@
+"""Makes Petals 2.2.0.post1 import and run on hivemind 1.1.12 and transformers 5, which it does not know.
+
+`install` must be called before anything of ``petals`` is imported. Every override says what it replaces, why,
+and for which versions; the tests fail when a newer release no longer needs one. What a host needs beyond
+that stands in `petals_chat.swarm.backend`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.metadata
+import logging
+import os
+import traceback
+import types
+import warnings
+from typing import Any
+
+from petals_chat.errors import ConfigurationError
+
+PETALS_VERSION = "2.2.0.post1"
+
+HIVEMIND_NAMES = {
+    "hivemind.compression": (
+        "deserialize_tensor_stream",
+        "deserialize_torch_tensor",
+        "serialize_torch_tensor",
+    ),
+    "hivemind.p2p": ("P2P", "P2PContext", "PeerID"),
+    "hivemind.utils": (
+        "MAX_DHT_TIME_DISCREPANCY_SECONDS",
+        "MSGPackSerializer",
+        "TensorDescriptor",
+        "TimedStorage",
+        "get_dht_time",
+        "get_logger",
+        "nested_flatten",
+        "nested_pack",
+    ),
+    "hivemind.utils.asyncio": ("anext",),
+    "hivemind.utils.nested": ("nested_compare",),
+    "hivemind.utils.tensor_descr": ("BatchTensorDescriptor",),
+}
+"""What Petals expects on the package ``hivemind`` itself, by the module that has it."""
+
+LIBRARIES = ("hivemind", "petals", "transformers", "tensor_parallel")
+
+_installed = False
+
+
+def install() -> None:
+    """Prepare this process for ``import petals``; a second call does nothing.
+
+    Raises:
+        ConfigurationError: Petals is not installed, or in a version that was not tested.
+    """
+    global _installed
+    if _installed:
+        return
+    _require_petals()
+    # petals 2.2.0 asserts 4.32 <= transformers < 4.35. What breaks beyond is overridden or not used.
+    os.environ["PETALS_IGNORE_DEPENDENCY_VERSION"] = "1"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside the libraries, at import
+        _restore_hivemind_names()
+        _restore_get_file_from_repo()
+        _replace_cancel_task_if_running()
+        importlib.import_module("petals")
+    _route_logs()
+    _installed = True
+
+
+def log_to_stderr(*, debug: bool) -> None:
+    """Print what the swarm's libraries log: warnings, each on a line, or everything.
+
+    Without it, `install` leaves their warnings to the root logger as it is.
+    """
+    handler = logging.StreamHandler()
+    formatter = logging.Formatter if debug else CalmFormatter
+    handler.setFormatter(formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    _set_level(logging.DEBUG if debug else logging.WARNING)
+
+
+class CalmFormatter(logging.Formatter):
+    """One line for each record: of an exception its last line only."""
+
+    def formatException(self, ei: Any) -> str:
+        """The exception as ``Name: sentence``."""
+        return "".join(traceback.format_exception_only(ei[0], ei[1])).strip()
+
+
+def _require_petals() -> None:
+    advice = f"Install it with: pip install --no-deps petals=={PETALS_VERSION}"
+    try:
+        version = importlib.metadata.version("petals")
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigurationError(f"petals: the package is not installed. {advice}") from None
+    if version != PETALS_VERSION:
+        raise ConfigurationError(
+            f"petals: version {version} is installed, which Petals Chat does not know. {advice}"
+        )
+
+
+def _restore_hivemind_names() -> None:
+    """hivemind 1.1.12 (pull request 663) dropped the star imports that had put these names there."""
+    hivemind = importlib.import_module("hivemind")
+    for module, names in HIVEMIND_NAMES.items():
+        source = importlib.import_module(module)
+        for name in names:
+            setattr(hivemind, name, getattr(source, name))
+
+
+def _restore_get_file_from_repo() -> None:
+    """transformers 4.57 removed it; petals.server.from_pretrained imports it, for a loader nobody uses."""
+    utils = importlib.import_module("transformers.utils")
+    utils.get_file_from_repo = utils.cached_file  # type: ignore[attr-defined]
+
+
+def _replace_cancel_task_if_running() -> None:
+    """hivemind 1.1.12 asks for the current thread's event loop, although the task may belong to another one.
+
+    A P2P object that is garbage-collected outside its loop then raises in its destructor and leaves its
+    daemon and its sockets behind.
+    """
+
+    def cancel_task_if_running(task: asyncio.Task[Any] | None) -> None:
+        if task is not None and not task.done() and task.get_loop().is_running():
+            task.get_loop().call_soon_threadsafe(task.cancel)
+
+    for name in (
+        "hivemind.utils.asyncio",
+        "hivemind.p2p.p2p_daemon",
+        "hivemind.p2p.p2p_daemon_bindings.control",
+    ):
+        module: types.ModuleType = importlib.import_module(name)
+        module.cancel_task_if_running = cancel_task_if_running  # type: ignore[attr-defined]
+
+
+def _route_logs() -> None:
+    """Take hivemind's handler off the root logger, where Petals puts it, and let only warnings through."""
+    importlib.import_module("hivemind.utils.logging").use_hivemind_log_handler("nowhere")
+    logging.addLevelName(logging.WARNING, "WARNING")  # hivemind renames it for the whole process
+    # hivemind cancels tasks that nobody awaits; asyncio reports each when it is collected.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    _set_level(logging.WARNING)
+
+
+def _set_level(level: int) -> None:
+    for name in LIBRARIES:
+        logging.getLogger(name).setLevel(level)

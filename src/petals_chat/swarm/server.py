@@ -1,0 +1,216 @@
+"""Petals' server, set up the way a host wants it.
+
+Knows which options of Petals fit a private swarm, the public one, a CPU and a GPU; `petals_chat.swarm.host`
+knows when to start and stop it. Importing this module takes seconds: it imports Petals.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import threading
+from typing import Any
+
+import petals.server.server as petals_server
+import torch
+from hivemind.p2p import P2PDaemonError
+from petals.constants import PUBLIC_INITIAL_PEERS
+from petals.data_structures import ServerState
+from petals.utils.convert_block import QuantType
+from petals.utils.dht import get_remote_module_infos
+
+from petals_chat.errors import ConfigurationError, SwarmUnreachableError
+from petals_chat.head.precision import resolve_device, resolve_dtype
+from petals_chat.models.checkpoint import Checkpoint
+from petals_chat.swarm.backend import install_backend
+from petals_chat.swarm.families import Family, register
+from petals_chat.swarm.host_options import HostOptions, HostReady, Quantization
+from petals_chat.swarm.naming import default_dht_prefix
+from petals_chat.swarm.tied import TiedDHT, TiedHandler
+
+THROUGHPUT_UNMEASURED = 1.0
+"""Tokens per second that a host of a private swarm announces; where it differs, block choice differs."""
+UPDATE_PERIOD_SECONDS = 30.0
+"""Between two announcements; they are valid twice as long."""
+SESSION_TIMEOUT_SECONDS = 24 * 3600.0
+"""Of a whole session. One that is not used ends after Petals' ``step_timeout``, 5 minutes."""
+HEALTH_CHECK_SECONDS = 5.0
+LARGEST_STEP_TOKENS = 8192
+P2PD_START_TIMEOUT_SECONDS = 60.0
+
+
+class Stopped(Exception):
+    """The server was asked to stop while it was starting."""
+
+
+class BlockServer:
+    """Serves the blocks of one checkpoint to a swarm.
+
+    Forks processes: one for the DHT in the constructor, those for connections when it runs.
+
+    Raises:
+        ConfigurationError: the blocks do not fit, or cannot be listened for.
+        SwarmUnreachableError: none of the initial peers answers.
+    """
+
+    def __init__(self, options: HostOptions, checkpoint: Checkpoint, family: Family) -> None:
+        self._stop = threading.Event()
+        self._options, self._checkpoint = options, checkpoint
+        device = resolve_device(options.device)
+        stored_dtype = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+        dtype = resolve_dtype(options.dtype, device, getattr(torch, str(stored_dtype), None))
+        if options.quantization is not Quantization.NONE and device.type != "cuda":
+            raise ConfigurationError(
+                f"--quantization {options.quantization}: blocks can be quantised on a CUDA device only"
+            )
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        register(family)
+        install_backend(checkpoint, self._before_block)
+        public = options.initial_peers == "public"
+        petals_server.DHT = functools.partial(TiedDHT, own_group=not options.exit_with_stdin)
+        petals_server.TransformerConnectionHandler = TiedHandler
+        if not public:
+            petals_server.ReachabilityProtocol = _NoReachabilityProtocol
+        # What is loaded by now is never collected: forked processes go on sharing its memory.
+        gc.collect()
+        gc.freeze()
+        try:
+            self._server = petals_server.Server(
+                converted_model_name_or_path=options.model,
+                revision=options.revision,
+                dht_prefix=options.dht_prefix
+                or default_dht_prefix(checkpoint.config["model_type"], options.model),
+                public_name=options.name,
+                identity_path=str(options.identity) if options.identity else None,
+                host_maddrs=[options.listen_address],
+                device=device,
+                torch_dtype=str(dtype).removeprefix("torch."),
+                quant_type=QuantType[options.quantization.name],
+                adapters=options.adapters,
+                attn_cache_tokens=options.cache_tokens,
+                inference_max_length=min(options.max_session_length, options.cache_tokens),
+                max_batch_size=max(options.max_session_length, LARGEST_STEP_TOKENS),
+                session_timeout=SESSION_TIMEOUT_SECONDS,
+                startup_timeout=P2PD_START_TIMEOUT_SECONDS,
+                # One process serialises for a CPU without being the narrow place.
+                num_handlers=4 if device.type == "cuda" else 1,
+                **_block_options(options, checkpoint.num_blocks, device),
+                **(_public_swarm_options() if public else _private_swarm_options(options)),
+            )
+        except P2PDaemonError as error:
+            raise _explained(error, options) from error
+        except AssertionError as error:  # Petals reports a GPU that is too small this way
+            raise ConfigurationError(f"the blocks cannot be served: {error}") from error
+
+    @property
+    def description(self) -> str:
+        """What is loaded, for people."""
+        blocks = self._server.strict_block_indices
+        what = f"blocks {blocks.start}:{blocks.stop}" if blocks else f"{self._server.num_blocks} blocks"
+        server_info = self._server.server_info
+        quantized = "" if server_info.quant_type == "none" else f", quantised to {server_info.quant_type}"
+        where = self._server.device.type.upper()
+        return f"{what} of {self._options.model} ({server_info.torch_dtype} on {where}{quantized})"
+
+    @property
+    def ready(self) -> HostReady:
+        """Where and what this host serves, once it does."""
+        server_info = self._server.server_info
+        return HostReady(
+            peers=tuple(str(address) for address in self._server.dht.get_visible_maddrs(latest=True)),
+            dht_prefix=self._server.dht_prefix,
+            start=server_info.start_block,
+            end=server_info.end_block,
+            num_blocks=self._checkpoint.num_blocks,
+            dtype=server_info.torch_dtype,
+            device=self._server.device.type,
+        )
+
+    def run(self) -> None:
+        """Load the blocks and serve them until `stop`.
+
+        Raises:
+            Stopped: `stop` was called while blocks were loaded.
+            ConfigurationError: the checkpoint does not hold them.
+        """
+        self._server.run()
+
+    def stop(self) -> None:
+        """Make `run` end. Called from another thread."""
+        self._stop.set()
+        self._server.stop.set()
+
+    def close(self) -> None:
+        """Leave the swarm, after `run` ended."""
+        self._server.shutdown()
+
+    def wait_until_online(self, poll_seconds: float = 0.05) -> bool:
+        """Wait until clients find all blocks and get answers; False if that did not come before `stop`."""
+        while not self._stop.wait(poll_seconds):
+            container = self._server.module_container
+            if container is not None and container.ready.is_set() and self._is_announced():
+                return True
+        return False
+
+    def wait_until_broken(self, poll_seconds: float = 1.0) -> bool:
+        """Wait until the process that talks to the swarm has ended; False if it lived until `stop`."""
+        while not self._stop.wait(poll_seconds):
+            if not self._server.dht.is_alive():
+                return True
+        return False
+
+    def _is_announced(self) -> bool:
+        server_info, dht = self._server.server_info, self._server.dht
+        blocks = range(server_info.start_block, server_info.end_block)
+        uids = [f"{self._server.dht_prefix}.{block}" for block in blocks]
+        own = (record.servers.get(dht.peer_id) for record in get_remote_module_infos(dht, uids, latest=True))
+        return all(info is not None and info.state is ServerState.ONLINE for info in own)
+
+    def _before_block(self) -> None:
+        if self._stop.is_set():
+            raise Stopped
+
+
+class _NoReachabilityProtocol:
+    """In place of the service that tells others whether they can be reached, which has a second p2pd."""
+
+    @staticmethod
+    def attach_to_dht(dht: Any) -> None:
+        """Attach nothing."""
+
+
+def _block_options(options: HostOptions, num_blocks: int, device: torch.device) -> dict[str, Any]:
+    if options.blocks is None and device.type == "cuda":
+        # Petals fills the GPU, with the blocks that the swarm has least of.
+        return {"mean_block_selection_delay": 5.0 if options.initial_peers else 0.0}
+    start, end = options.blocks or (0, num_blocks)
+    # With fixed blocks this check only sees whether the handlers live.
+    return {"block_indices": f"{start}:{end}", "mean_balance_check_period": HEALTH_CHECK_SECONDS}
+
+
+def _public_swarm_options() -> dict[str, Any]:
+    return {"initial_peers": PUBLIC_INITIAL_PEERS, "throughput": "auto"}
+
+
+def _private_swarm_options(options: HostOptions) -> dict[str, Any]:
+    return {
+        "initial_peers": list(options.initial_peers),
+        "throughput": THROUGHPUT_UNMEASURED,
+        "update_period": UPDATE_PERIOD_SECONDS,
+        # Neither relays nor the router's port mapping nor a probe of reachability: hosts reach each other.
+        "reachable_via_relay": False,
+        "use_relay": False,
+        "use_auto_relay": False,
+        "nat_port_map": False,
+        "auto_nat": False,
+    }
+
+
+def _explained(error: P2PDaemonError, options: HostOptions) -> ConfigurationError | SwarmUnreachableError:
+    if "already taken" in str(error):
+        return ConfigurationError(f"identity: {error}. Give each host a file of its own")
+    if options.initial_peers:
+        peers = "the public swarm" if options.initial_peers == "public" else ", ".join(options.initial_peers)
+        return SwarmUnreachableError(f"none of the initial peers can be reached: {peers} ({error})")
+    return ConfigurationError(f"cannot listen at {options.listen_address}: {error}")

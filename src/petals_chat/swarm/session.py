@@ -1,0 +1,265 @@
+"""An inference session over the swarm's servers: hidden states in, hidden states out, for one context.
+
+Petals' own client session blocks a thread for each step and copies its whole input history with each token.
+This one is asyncio, on Petals' routing, wire format and rules of recovery: a chain of servers, each of which
+pushes its outputs to the next; a server that fails is replaced by others, which get the inputs of the past
+again. It knows nothing of tokens. Everything here runs in hivemind's event loop.
+
+Sources: ``petals/client/inference_session.py`` and ``petals/server/handler.py`` of Petals 2.2.0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import re
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from petals_chat.errors import AttentionCacheFullError, MissingBlocksError, SwarmUnreachableError
+from petals_chat.swarm import compat
+
+compat.install()
+
+from hivemind.compression import deserialize_torch_tensor, serialize_torch_tensor
+from hivemind.p2p import P2P
+from hivemind.proto import runtime_pb2
+from hivemind.utils import MSGPackSerializer
+from petals.client.routing.sequence_manager import MissingBlocksError as PetalsMissingBlocksError
+from petals.data_structures import RemoteSpanInfo
+from petals.server.handler import TransformerConnectionHandler
+from petals.utils.misc import DUMMY, DUMMY_INT64
+from petals.utils.packaging import pack_args_kwargs
+
+logger = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_SECONDS = 2.0
+REPLAY_TOKENS = 512
+"""Longest piece of the past sent to a new server as one step."""
+
+
+class Routing(Protocol):
+    """Which servers hold which blocks; see `petals_chat.swarm.client.SwarmRouting`."""
+
+    num_blocks: int
+    max_attempts: int
+    connect_timeout: float
+    request_timeout: float
+    p2p: P2P
+
+    async def find_servers(self, start: int, end: int, cache_tokens: int) -> list[RemoteSpanInfo]:
+        """A chain of servers for the blocks from ``start`` up to ``end``."""
+
+    async def tensor_schema(self, span: RemoteSpanInfo) -> Any:
+        """How servers want hidden states: dtype and compression; the server of ``span`` may be asked."""
+
+    def request_metadata(self, span: RemoteSpanInfo, uids: str) -> dict[str, Any]:
+        """What a server wants to know when a session begins."""
+
+    def uids(self, span: RemoteSpanInfo) -> str:
+        """The names of the blocks of ``span``."""
+
+    def note_failure(self, span: RemoteSpanInfo | None) -> None:
+        """Avoid this server for a while."""
+
+    def note_success(self, span: RemoteSpanInfo) -> None:
+        """Forget its failures."""
+
+    def retry_delay(self, attempt: int) -> float:
+        """Seconds to wait after the failed attempt number ``attempt``, counted from 0."""
+
+
+class SwarmSession:
+    """The attention caches of one context, spread over a chain of servers, with room for ``max_length`` tokens.
+
+    One step at a time. After an error, and after a step that was cancelled, it can only be closed.
+    """
+
+    def __init__(self, routing: Routing, max_length: int) -> None:
+        self._routing = routing
+        self._servers: list[_ServerSession] = []
+        self.max_length = max_length
+        self.position = 0
+        """Tokens that the caches hold."""
+
+    async def step(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Send hidden states through all blocks, replacing servers that fail.
+
+        Args:
+            hidden_states: [1, tokens, hidden_size], following those of the steps before.
+
+        Returns:
+            [1, tokens, hidden_size], of the same dtype and on the same device.
+
+        Raises:
+            SwarmError, AttentionCacheFullError: after the last attempt.
+        """
+        assert self.position + hidden_states.shape[1] <= self.max_length, "the owner opens a larger session"
+        step_id = str(uuid.uuid4())
+        outputs = hidden_states.cpu()
+        index = block = 0
+        while block < self._routing.num_blocks:
+            outputs = await self._step_with_retries(index, block, outputs, step_id)
+            block = self._servers[index].span.end
+            index += 1
+        self.position += hidden_states.shape[1]
+        return outputs.to(hidden_states.device, hidden_states.dtype)
+
+    async def close(self) -> None:
+        """Free the servers' memory for this session."""
+        servers, self._servers = self._servers, []
+        await asyncio.gather(*(server.close() for server in servers))
+
+    async def _step_with_retries(
+        self, index: int, block: int, inputs: torch.Tensor, step_id: str
+    ) -> torch.Tensor:
+        for attempt in itertools.count():
+            span: RemoteSpanInfo | None = None
+            try:
+                if attempt > 0 or index == len(self._servers):
+                    await self._replace_servers(index, block)
+                span = self._servers[index].span
+                outputs = await self._servers[index].step(inputs, step_id, self._servers[index + 1 :])
+                self._routing.note_success(span)
+                return outputs
+            except Exception as error:
+                self._routing.note_failure(span)
+                if attempt + 1 >= self._routing.max_attempts:
+                    raise _translate(error) from error
+                delay = self._routing.retry_delay(attempt)
+                logger.debug("a step failed, trying again in %g s", delay, exc_info=True)
+                await asyncio.sleep(delay)
+        raise AssertionError("the attempts are counted above")
+
+    async def _replace_servers(self, index: int, block: int) -> None:
+        """Put a new chain in the place of server ``index``, which begins with ``block``, and repeat its past there."""
+        replaced = self._servers[index : index + 1]
+        end = replaced[0].span.end if replaced else self._routing.num_blocks
+        for server in replaced:
+            await server.close()
+        spans = await self._routing.find_servers(block, end, self.max_length)
+        schema = await self._routing.tensor_schema(spans[0])
+        servers = [_ServerSession(self._routing, span, schema, self.max_length) for span in spans]
+        try:
+            for past in _joined(replaced[0].past_inputs if replaced else []):
+                outputs, step_id = past, str(uuid.uuid4())
+                for number, server in enumerate(servers):
+                    outputs = await server.step(outputs, step_id, servers[number + 1 :])
+        except BaseException:
+            for server in servers:
+                await server.close()
+            raise
+        self._servers[index : index + 1] = servers
+
+
+class _ServerSession:
+    """One server's part of a session: a stream of requests and answers, opened with the first step."""
+
+    def __init__(self, routing: Routing, span: RemoteSpanInfo, schema: Any, max_length: int) -> None:
+        self.span = span
+        self.past_inputs: list[torch.Tensor] = []
+        """Inputs of all steps done, for the case that the server is lost; a list, since joining costs a copy."""
+        self._routing = routing
+        self._uids = routing.uids(span)
+        self._session_id = str(uuid.uuid4())
+        self._max_length = max_length
+        self._requests: asyncio.Queue[runtime_pb2.ExpertRequest] = asyncio.Queue()
+        self._responses: AsyncIterator[runtime_pb2.ExpertResponse] | None = None
+        hidden_schema, *_ = schema
+        self._dtype, self._compression = hidden_schema.dtype, hidden_schema.compression
+        # Petals' servers take prompts and hypothesis ids beside hidden states; the dummies stand for none.
+        self._other_tensors = [serialize_torch_tensor(dummy) for dummy in (DUMMY, DUMMY_INT64)]
+        _, self._structure = pack_args_kwargs(torch.empty(0), DUMMY, DUMMY_INT64)
+
+    async def step(
+        self, inputs: torch.Tensor, step_id: str, followers: Sequence[_ServerSession]
+    ) -> torch.Tensor:
+        """Inputs [1, tokens, hidden_size] to outputs of the same shape.
+
+        ``followers`` that have begun get the outputs from this server directly, at the same time.
+        """
+        metadata: dict[str, Any] = {
+            "session_id": self._session_id,
+            "step_id": step_id,
+            "args_structure": self._structure,
+        }
+        if self._responses is None:
+            metadata |= self._routing.request_metadata(self.span, self._uids)
+            metadata["max_length"] = self._max_length
+            metadata["args_structure"] = self._structure
+        elif next_servers := list(itertools.takewhile(_ServerSession._has_begun, followers)):
+            metadata["next_servers"] = [server._address() for server in next_servers]
+        hidden = serialize_torch_tensor(inputs.to(self._dtype), self._compression)
+        self._requests.put_nowait(
+            runtime_pb2.ExpertRequest(
+                uid=self._uids,
+                tensors=[hidden, *self._other_tensors],
+                metadata=MSGPackSerializer.dumps(metadata),
+            )
+        )
+        if self._responses is None:
+            stub = TransformerConnectionHandler.get_stub(self._routing.p2p, self.span.peer_id)
+            async with asyncio.timeout(self._routing.connect_timeout):
+                self._responses = await stub.rpc_inference(self._take_requests())
+        async with asyncio.timeout(self._routing.request_timeout):
+            response = await anext(self._responses)
+        outputs: torch.Tensor = deserialize_torch_tensor(response.tensors[0])
+        if outputs.shape != inputs.shape:
+            raise ValueError(f"the server answered {tuple(inputs.shape)} with {tuple(outputs.shape)}")
+        self.past_inputs.append(inputs)
+        return outputs
+
+    async def close(self) -> None:
+        """Tell the server that the session is over, and wait until it has freed its memory."""
+        if self._responses is None:
+            return
+        responses, self._responses = self._responses, None
+        self._requests.put_nowait(runtime_pb2.ExpertRequest())  # Petals' sign for the end
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(CLOSE_TIMEOUT_SECONDS):
+                async for _ in responses:
+                    pass
+        with contextlib.suppress(Exception):
+            await responses.aclose()  # type: ignore[attr-defined]
+
+    async def _take_requests(self) -> AsyncIterator[runtime_pb2.ExpertRequest]:
+        while True:
+            request = await self._requests.get()
+            yield request
+            if not request.uid:
+                return
+
+    def _has_begun(self) -> bool:
+        return self._responses is not None
+
+    def _address(self) -> tuple[str, str, int, int]:
+        return self.span.peer_id.to_base58(), self._session_id, self.span.start, self.span.end
+
+
+def _joined(pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The pieces [1, tokens, hidden_size] as few ones of at most `REPLAY_TOKENS` tokens."""
+    return list(torch.cat(list(pieces), dim=1).split(REPLAY_TOKENS, dim=1)) if pieces else []
+
+
+def _translate(error: Exception) -> AttentionCacheFullError | MissingBlocksError | SwarmUnreachableError:
+    """Errors of Petals, of which those of servers arrive as text only, in terms of our own."""
+    if isinstance(error, AttentionCacheFullError | MissingBlocksError | SwarmUnreachableError):
+        return error
+    text = str(error)
+    if isinstance(error, PetalsMissingBlocksError):
+        return MissingBlocksError(_block_numbers(text))
+    if "AllocationFailed" in text or "Could not allocate" in text:
+        return AttentionCacheFullError()
+    reason = "it did not answer in time" if isinstance(error, TimeoutError) else type(error).__name__
+    return SwarmUnreachableError(f"a server of the swarm failed: {reason}")
+
+
+def _block_numbers(message: str) -> list[int]:
+    """The blocks in "No servers holding blocks [1, 2] are online ..." or "... blocks 3 are online ..."."""
+    listed = re.search(r"holding blocks (\[[\d, ]*\]|\d+)", message)
+    return [int(number) for number in re.findall(r"\d+", listed.group(1))] if listed else []

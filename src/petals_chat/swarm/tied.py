@@ -1,0 +1,74 @@
+"""The processes that hivemind and Petals fork, tied to the process that forked them.
+
+hivemind's DHT process starts p2pd, the libp2p daemon; Petals starts connection handlers. As they come, they
+outlive a parent that is killed, and keep its port.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import Any, NoReturn
+
+from hivemind.dht import DHT
+from petals.server.handler import TransformerConnectionHandler
+
+from petals_chat.swarm.processes import descendants, kill
+
+WATCH_PERIOD_SECONDS = 1.0
+
+
+class TiedDHT(DHT):  # type: ignore[misc]
+    """hivemind's DHT process. It ends with its parent, and when its p2pd has ended.
+
+    Args:
+        own_group: put it and p2pd into a process group of their own, so that a terminal's Ctrl-C, which goes
+            to all of the foreground group, leaves it to the parent to end them in order.
+    """
+
+    def __init__(self, *args: Any, own_group: bool, **kwargs: Any) -> None:
+        self._own_group = own_group
+        super().__init__(*args, **kwargs)
+
+    def run(self) -> None:
+        """The process's main function."""
+        if self._own_group:
+            os.setpgrp()
+        _tie_to_parent(needs_child=True)
+        super().run()
+
+
+class TiedHandler(TransformerConnectionHandler):  # type: ignore[misc]
+    """Petals' process for requests of clients. It ends with its parent."""
+
+    def run(self) -> None:
+        """The process's main function."""
+        _tie_to_parent(needs_child=False)
+        super().run()
+
+
+# hivemind names remote calls after the class; clients call those of Petals.
+TiedHandler.__name__ = TransformerConnectionHandler.__name__
+
+
+def _tie_to_parent(*, needs_child: bool) -> None:
+    # The parent alone decides when its processes end; signals to the whole group are meant for it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_watch, args=(os.getppid(), needs_child), daemon=True).start()
+
+
+def _watch(parent: int, needs_child: bool) -> NoReturn:
+    """End this process when its parent has ended or, if it needs one, its child."""
+    had_child, childless_checks = False, 0
+    # Twice in a row, because hivemind may replace a first p2pd, with which it has looked around, by another.
+    while os.getppid() == parent and childless_checks < 2:
+        time.sleep(WATCH_PERIOD_SECONDS)
+        if needs_child:
+            has_child = bool(descendants())
+            had_child = had_child or has_child
+            childless_checks = childless_checks + 1 if had_child and not has_child else 0
+    kill(descendants())
+    os._exit(1)
