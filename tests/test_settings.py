@@ -260,7 +260,8 @@ def test_one_line_switches_a_model_of_the_catalog_on() -> None:
 
 def test_values_in_the_file_are_laid_over_those_of_the_catalog() -> None:
     model = models(
-        '[models]\n"Qwen/Qwen3-32B" = { public_api = false }\n[models."Qwen/Qwen3-8B".chat]\nmax_session_length = 99'
+        '[models]\n"Qwen/Qwen3-32B" = { public_api = false }\n'
+        '[models."Qwen/Qwen3-8B".chat]\nmax_session_length = 99'
     )
     assert model["Qwen/Qwen3-32B"].public_api is False
     assert model["Qwen/Qwen3-32B"].name == "Qwen 3 (32B)"

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
@@ -26,18 +24,8 @@ def create_app() -> FastAPI:
     settings = load_settings()
     configure_logging(settings.server.log_level)
     settings = with_models(settings)
-    return build_app(settings, ProcessEngine(settings))
-
-
-def build_app(settings: Settings, engine: ProcessEngine) -> FastAPI:
-    """The gateway in front of ``engine``, which starts and ends with the application."""
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with engine:
-            yield
-
-    return gateway.create_app(settings, engine, lifespan=lifespan)
+    engine = ProcessEngine(settings)
+    return gateway.create_app(settings, engine, lifespan=engine)
 
 
 def with_models(settings: Settings) -> Settings:

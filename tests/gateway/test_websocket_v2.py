@@ -171,9 +171,9 @@ async def test_an_unexpected_exception_is_an_internal_error_without_details(
 
 
 async def test_the_debug_setting_puts_the_python_traceback_above_the_sentence() -> None:
-    async with running_gateway(settings_with(server={"debug_tracebacks": True})) as gateway:
-        async with gateway.connect() as client:
-            lines = (await ask(client, {**OPEN, "model": "no/such"}))["traceback"].splitlines()
+    settings = settings_with(server={"debug_tracebacks": True})
+    async with running_gateway(settings) as gateway, gateway.connect() as client:
+        lines = (await ask(client, {**OPEN, "model": "no/such"}))["traceback"].splitlines()
     assert lines[0] == "Traceback (most recent call last):"
     assert lines[-1].startswith("KeyError: model 'no/such'")
 
@@ -208,12 +208,14 @@ async def test_a_slow_reader_pauses_the_generation_and_gets_everything_in_the_en
     pieces = 300
     engine = FakeEngine("org/model", "org/private", tokens=[piece] * pieces)
     async with running_gateway(engine=engine) as gateway:
-        with socket.create_connection(gateway.address.split(":")) as connection:
+        host, port = gateway.address.split(":")
+        with socket.create_connection((host, int(port))) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
             async with gateway.connect(sock=connection, max_queue=1) as client:
                 await ask(client, OPEN)
                 await send(client, TOKEN_BY_TOKEN)
                 await until_it_stands_still(engine)
+                print("PULLED", engine.tokens_pulled)
                 assert engine.tokens_pulled < 100  # the kernel's buffers take some
                 texts = [(await receive(client))["outputs"] for _ in range(pieces)]
                 assert (await receive(client))["stop"] is True
@@ -251,15 +253,15 @@ async def test_an_idle_connection_is_told_and_closed() -> None:
 
 
 async def test_a_connection_that_generates_is_not_idle() -> None:
-    async with running_gateway(settings_with(limits={"connection_idle_timeout_seconds": 0.1})) as gateway:
-        async with gateway.connect() as client:
-            await send(client, OPEN)
-            gateway.engine.may_generate.clear()
-            await send(client, TOKEN_BY_TOKEN)
-            assert await receive(client) == {"ok": True}
-            await asyncio.sleep(0.4)
-            gateway.engine.may_generate.set()
-            assert (await receive(client))["outputs"] == " t0"
+    settings = settings_with(limits={"connection_idle_timeout_seconds": 0.1})
+    async with running_gateway(settings) as gateway, gateway.connect() as client:
+        await send(client, OPEN)
+        gateway.engine.may_generate.clear()
+        await send(client, TOKEN_BY_TOKEN)
+        assert await receive(client) == {"ok": True}
+        await asyncio.sleep(0.4)
+        gateway.engine.may_generate.set()
+        assert (await receive(client))["outputs"] == " t0"
 
 
 async def test_a_generation_past_its_deadline_gets_an_error() -> None:

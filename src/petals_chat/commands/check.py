@@ -11,7 +11,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -62,8 +62,8 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """Print a report for each model; 0 = all of them can be served."""
     disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what matters comes as an error anyway
-    with ThreadPoolExecutor(_MODELS_AT_ONCE) as pool:
-        reports = list(pool.map(lambda model: check_model(model, settings), settings.models))
+    with ThreadPool(_MODELS_AT_ONCE) as pool:  # of daemon threads: Ctrl-C does not wait for the network
+        reports = pool.map(lambda model: check_model(model, settings), settings.models)
     file = find_configuration_file(arguments.config)
     where = str(file) if file else None
     if arguments.json:
@@ -156,7 +156,7 @@ def _paragraph(report: ModelReport, *, is_default: bool) -> str:
 
 def _swarm(initial_peers: str | tuple[str, ...]) -> str:
     if isinstance(initial_peers, str):
-        return f"the {initial_peers} swarm"
+        return initial_peers
     if not initial_peers:
         return "private; `petals-chat serve` starts a host with all blocks on this machine"
     return f"joined through {', '.join(initial_peers)}"

@@ -11,10 +11,11 @@ import uvicorn
 import uvloop
 
 from petals_chat import __version__
-from petals_chat.asgi import build_app, configure_logging, with_models
+from petals_chat.asgi import configure_logging, with_models
 from petals_chat.engine.interface import ModelState
 from petals_chat.engine.supervisor import ProcessEngine
 from petals_chat.errors import ConfigurationError
+from petals_chat.gateway.app import create_app
 from petals_chat.gateway.server import uvicorn_config
 from petals_chat.settings import Settings
 
@@ -40,7 +41,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
 
 async def _serve(settings: Settings, listening: socket.socket) -> None:
     engine = ProcessEngine(settings)
-    server = uvicorn.Server(uvicorn_config(build_app(settings, engine), settings))
+    server = uvicorn.Server(uvicorn_config(create_app(settings, engine, lifespan=engine), settings))
     announcement = asyncio.create_task(_announce(engine, _url(listening, settings.server.root_path)))
     try:
         await server.serve(sockets=[listening])

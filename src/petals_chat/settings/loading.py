@@ -77,7 +77,8 @@ def _validate(layers: Layers) -> tuple[Settings | None, list[Problem]]:
     values: Table = {**layers.tree, "models": models}
     _resolve_data_dir(values, layers)
     try:
-        # pydantic is strict with JSON as is right for TOML: "1" and true are no numbers, but a list can be a tuple.
+        # With JSON, pydantic is strict as is right for TOML: "1" and true are no numbers, but a list may
+        # become a tuple, and a string a path.
         settings = Settings.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         found = [

@@ -7,6 +7,7 @@ what is done with it. The docstrings of the fields are the text of docs/configur
 from __future__ import annotations
 
 import enum
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -135,6 +136,11 @@ class SwarmSettings(Section):
     """Tokens for which the started host keeps attention caches, all sessions together."""
 
 
+def _user_data_dir() -> Path:
+    home = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(home).expanduser() / "petals-chat"
+
+
 class EngineSettings(Section):
     """``[engine]``: the processes that hold embeddings and LM heads, and the started host."""
 
@@ -146,8 +152,9 @@ class EngineSettings(Section):
     """CPU threads of one process; 0 = as torch chooses."""
     start_timeout_seconds: Seconds = 3600
     """Time for a model to load, downloads included."""
-    data_dir: Path | None = None
-    """Where identities of hosts and built models are kept. Unset = the user's data directory."""
+    data_dir: Path = Field(default_factory=_user_data_dir)
+    """Where identities of hosts and built models are kept. Unset = petals-chat in the user's data directory
+    (XDG_DATA_HOME, else ~/.local/share)."""
 
 
 class GenerationDefaults(Section):
@@ -186,7 +193,7 @@ class ModelSettings(Section):
     key: Text
     """What clients ask for. It is not written inside the table: it is the table's name."""
     repository: Text
-    """Hub name, or local directory, of the checkpoint."""
+    """Hub name, or local directory, of the checkpoint. Unset = the key."""
     revision: Text | None = None
     """Branch, tag or commit on the hub."""
     adapter: Text | None = None
@@ -196,7 +203,7 @@ class ModelSettings(Section):
     public_api: bool = True
     """False = only this server's own page may use the model (the licence of some models demands it)."""
     name: Text
-    """What people read."""
+    """What people read. Unset = the last part of the key."""
     family: Text = "Other"
     """Heading under which the page lists the model."""
     model_card: str | None = None

@@ -64,6 +64,8 @@ class SwarmClient:
                 start=True,
                 use_auto_relay=public,
                 use_relay=public,
+                auto_nat=public,
+                nat_port_map=public,
             )
         except Exception as error:
             raise SwarmUnreachableError(f"no initial peer of the swarm answers: {', '.join(peers)}") from error

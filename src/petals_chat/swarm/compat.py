@@ -15,7 +15,11 @@ import os
 import traceback
 import types
 import warnings
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
+
+import torch
+from torch.multiprocessing import reductions as shared_memory
 
 from petals_chat.errors import ConfigurationError
 
@@ -61,11 +65,14 @@ def install() -> None:
     _require_petals()
     # petals 2.2.0 asserts 4.32 <= transformers < 4.35. What breaks beyond is overridden or not used.
     os.environ["PETALS_IGNORE_DEPENDENCY_VERSION"] = "1"
+    # hivemind's default, "file_system", runs torch_shm_manager, a process of 80 MB.
+    os.environ["HIVEMIND_MEMORY_SHARING_STRATEGY"] = "file_descriptor"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the libraries, at import
         _restore_hivemind_names()
         _restore_get_file_from_repo()
         _replace_cancel_task_if_running()
+        _pickle_tensors_by_value()
         importlib.import_module("petals")
     _route_logs()
     _installed = True
@@ -136,6 +143,29 @@ def _replace_cancel_task_if_running() -> None:
     ):
         module: types.ModuleType = importlib.import_module(name)
         module.cancel_task_if_running = cancel_task_if_running  # type: ignore[attr-defined]
+
+
+def _pickle_tensors_by_value() -> None:
+    """torch sends a tensor to another process as a name of shared memory, which costs more than its content.
+
+    Petals and hivemind send hidden states of one or a few tokens, and state bytes of futures that they never
+    share: each is written once and read once.
+    """
+
+    def reduce_tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
+        if tensor.device.type != "cpu":
+            return shared_memory.reduce_tensor(tensor)
+        content = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        return _rebuild_tensor, (content, tensor.dtype, tensor.shape, tensor.requires_grad)
+
+    ForkingPickler.register(torch.Tensor, reduce_tensor)
+
+
+def _rebuild_tensor(
+    content: bytes, dtype: torch.dtype, shape: torch.Size, requires_grad: bool
+) -> torch.Tensor:
+    values = torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0, dtype=dtype)
+    return values.view(shape).requires_grad_(requires_grad)
 
 
 def _route_logs() -> None:

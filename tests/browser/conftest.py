@@ -1,0 +1,111 @@
+"""A real Chromium, and a gateway with a fake engine for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from playwright.async_api import Browser, async_playwright
+
+from petals_chat.gateway.app import create_app
+from petals_chat.settings import ChatSettings, LimitSettings, ModelSettings, ServerSettings, Settings
+from tests.asgi_server import running_server
+from tests.browser.chat_page import ChatPage, open_chat
+from tests.browser.line import Line
+from tests.fakes import FakeEngine
+
+CHROMIUM = Path("/usr/bin/chromium")
+CHROMIUM_OPTIONS = [
+    "--no-sandbox",  # there is none for root
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+MODELS = (
+    ModelSettings(
+        key="swarm/beluga",
+        repository="swarm/beluga",
+        name="Beluga (70B)",
+        family="Llama 2",
+        model_card="https://example.org/beluga",
+        license="https://example.org/beluga/licence",
+        chat=ChatSettings(max_session_length=2048),
+    ),
+    ModelSettings(
+        key="swarm/falcon", repository="swarm/falcon", name="Falcon (180B)", family="Falcon", public_api=False
+    ),
+)
+
+
+@dataclass
+class Gateway:
+    """A running gateway, as a browser reaches it."""
+
+    page_url: str
+    engine: FakeEngine
+    line: Line
+
+
+@asynccontextmanager
+async def running_gateway(
+    *, root_path: str = "", limits: LimitSettings | None = None
+) -> AsyncIterator[Gateway]:
+    """A gateway that must end without a session or a generation left."""
+    server = ServerSettings(root_path=root_path)
+    settings = Settings(server=server, limits=limits or LimitSettings(), models=MODELS)
+    engine = FakeEngine(*(model.key for model in MODELS))
+    app = create_app(settings, engine)
+    async with running_server(app, settings) as address, Line.to(address) as line:
+        yield Gateway(f"http://{line.address}{root_path}/", engine, line)
+    assert engine.sessions == {}
+    assert engine.running == 0
+
+
+@pytest.fixture(scope="session")
+async def browser() -> AsyncIterator[Browser]:
+    if not CHROMIUM.exists():
+        message = f"{CHROMIUM} is missing; on Debian: apt-get install chromium"
+        if "CI" in os.environ:
+            pytest.fail(message)
+        pytest.skip(message)
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS)
+        yield browser
+        await browser.close()
+
+
+@pytest.fixture(scope="session")
+def built_page() -> None:
+    subprocess.run(["make", "--silent", "web"], cwd=Path(__file__).parents[2], check=True)
+
+
+@pytest.fixture
+async def gateway(built_page: None) -> AsyncIterator[Gateway]:
+    async with running_gateway() as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def engine(gateway: Gateway) -> FakeEngine:
+    return gateway.engine
+
+
+@pytest.fixture
+def page_url(gateway: Gateway) -> str:
+    """Where the page is. Tests that use nothing else of the gateway hold on any server."""
+    return gateway.page_url
+
+
+@pytest.fixture
+async def chat(browser: Browser, page_url: str) -> AsyncIterator[ChatPage]:
+    async with open_chat(browser, page_url) as chat:
+        yield chat
