@@ -39,5 +39,5 @@ async def running_server(app: ASGIApp, settings: Settings) -> AsyncIterator[str]
         server.should_exit = True
         await serving
         listener.close()
-        while server.server_state.tasks:  # cancelled after the graceful time; uvicorn does not wait for them
-            await asyncio.sleep(0.005)
+        # Those that the server cancelled after the graceful time; it does not wait for them.
+        await asyncio.gather(*server.server_state.tasks, return_exceptions=True)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import tomllib
@@ -22,6 +23,7 @@ from petals_chat.settings.wording import dotted, expected, keys_of, schema_of, s
 ROOT = Path(__file__).parent.parent
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 EXAMPLE = ROOT / "examples" / "petals-chat.toml"
+NO_FILE = Path(os.devnull)
 MODEL = ("models", "owner/name")
 TABLES = [
     ("server",),
@@ -61,7 +63,7 @@ def meaning(section: tuple[str, ...], key: str) -> str:
 
 def catalog_table() -> str:
     """A Markdown table of the catalog, with what distinguishes the entries."""
-    settings = load_settings(environment={}, overrides=[f'models."{key}"=true' for key in CATALOG])
+    settings = load_settings(NO_FILE, {}, overrides=[f'models."{key}"=true' for key in CATALOG])
     rows = ["| Key | Name | Family | Session length | Notes |", "| --- | --- | --- | --- | --- |"]
     for model in settings.models:
         notes = [f"also `{alias}`" for alias in model.aliases]
@@ -86,9 +88,10 @@ def generated() -> Iterator[tuple[str, str]]:
 def with_tables(text: str) -> str:
     """``text`` with each table between its markers, ``<!-- table: NAME -->`` and ``<!-- end -->``, anew."""
     for name, table in generated():
-        marked = re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
-        assert marked.search(text), f"docs/configuration.md has no place for the table {name!r}"
-        text = marked.sub(rf"\g<1>\n{table.replace(chr(92), chr(92) * 2)}\n\n\g<2>", text)
+        before, start, rest = text.partition(f"<!-- table: {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        assert end, f"docs/configuration.md has no place for the table {name!r}"
+        text = f"{before}{start}\n{table}\n\n{end}{after}"
     return text
 
 
@@ -130,7 +133,7 @@ def test_every_variable_and_override_in_the_text_is_valid() -> None:
     overrides = [after for words in lines for word, after in pairwise(words) if word == "--set"]
     assert environment
     assert overrides
-    load_settings(None, environment, overrides)
+    load_settings(NO_FILE, environment, overrides)
 
 
 def test_the_example_file_is_valid() -> None:

@@ -164,6 +164,7 @@ def test_relative_paths_are_relative_to_the_file_that_names_them(tmp_path: Path)
             "limits.max_sessions = 0, but it must be a whole number of at least 1",
         ),
         ("[engine]\ndtype = 'int8'", 'it must be one of "auto", "float32", "bfloat16", "float16"'),
+        ("[models.mine]\nrepository = ''", 'models.mine.repository = "", but it must be a non-empty string'),
         ("[engine]\ndata_dir = 1", "engine.data_dir = 1, but it must be a path"),
         ("[swarm]\ndht_prefix = 'a.b'", "it must be a string without dots and spaces"),
         (

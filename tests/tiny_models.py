@@ -67,7 +67,13 @@ def write_tiny_model(
 ) -> Path:
     """Write a float32 checkpoint, the same each time, and return ``directory``."""
     chosen = KINDS[kind]
-    settings = {**_COMMON, "num_hidden_layers": num_layers, "vocab_size": vocab_size, **chosen.config, **config}
+    settings = {
+        **_COMMON,
+        "num_hidden_layers": num_layers,
+        "vocab_size": vocab_size,
+        **chosen.config,
+        **config,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model_class = getattr(transformers, f"{chosen.class_prefix}ForCausalLM")

@@ -13,7 +13,7 @@ expect.set_options(timeout=TIMEOUT_MILLISECONDS)
 
 
 class ChatPage:
-    """An open page. Its console may say nothing against it (a breach of the security policy is said there)."""
+    """An open page. Its console may say nothing against it; a breach of the security policy is said there."""
 
     def __init__(self, page: Page) -> None:
         self.page = page

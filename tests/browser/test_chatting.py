@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+from collections.abc import AsyncIterator
 
+import pytest
 from playwright.async_api import Browser, expect
 
 from tests.browser.chat_page import ChatPage, open_chat
+from tests.fakes import FakeEngine
+
+
+@pytest.fixture(autouse=True)
+async def unhurried(engine: FakeEngine) -> AsyncIterator[None]:
+    """Let the fake engine take its time, as a real one does, so that there is something to stop."""
+
+    async def pace() -> None:
+        while True:
+            engine.may_generate.set()
+            await asyncio.sleep(0)
+            engine.may_generate.clear()
+            await asyncio.sleep(0.01)
+
+    pacing = asyncio.create_task(pace())
+    yield
+    pacing.cancel()
+    await asyncio.gather(pacing, return_exceptions=True)
+    engine.may_generate.set()
 
 
 async def test_an_answer_appears_and_can_be_stopped_and_the_next_message_works(chat: ChatPage) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 import pytest
 from playwright.async_api import Browser, expect
@@ -24,6 +23,7 @@ from petals_chat.settings import LimitSettings
 from tests.browser.chat_page import ChatPage, open_chat
 from tests.browser.conftest import Gateway, running_gateway
 from tests.fakes import FakeEngine
+from tests.gateway.gateways import until
 
 INTRODUCTION = (
     "A chat between a curious human and an artificial intelligence assistant. "
@@ -31,17 +31,12 @@ INTRODUCTION = (
 )
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0)
-
-
 async def let_pass(engine: FakeEngine, tokens: int) -> None:
     """Let the engine generate at least so many tokens more, and stand still then."""
     enough = engine.tokens_pulled + tokens
     engine.may_generate.set()
-    await until(lambda: engine.tokens_pulled >= enough)
+    while engine.tokens_pulled < enough:  # noqa: ASYNC110 - any event would come too late for "still"
+        await asyncio.sleep(0)
     engine.may_generate.clear()
 
 
@@ -106,7 +101,7 @@ async def test_a_new_chat_ends_the_generation(chat: ChatPage, engine: FakeEngine
 
 
 async def test_markup_and_scripts_of_a_model_are_only_text(chat: ChatPage, engine: FakeEngine) -> None:
-    hostile = "<img src=x onerror=\"window.harmed=1\"><script>window.harmed=1</script><b>bold</b> &amp; more"
+    hostile = '<img src=x onerror="window.harmed=1"><script>window.harmed=1</script><b>bold</b> &amp; more'
     engine.tokens = [hostile, "###"]
     await chat.ask("<i onclick='window.harmed=1'>me</i>")
     await expect(chat.answers).to_have_text(hostile)
@@ -142,9 +137,7 @@ async def test_a_failed_answer_says_why_in_words_and_can_be_tried_again(
     await expect(chat.outcomes).to_be_hidden()
 
 
-async def test_an_answer_that_broke_off_is_continued_where_it_was(
-    chat: ChatPage, engine: FakeEngine
-) -> None:
+async def test_an_answer_that_broke_off_is_continued_where_it_was(chat: ChatPage, engine: FakeEngine) -> None:
     engine.tokens = [" Once", " upon", " a", " time"] * 100
     engine.may_generate.clear()
     await chat.ask("A tale?")
@@ -238,9 +231,7 @@ async def test_a_lost_connection_is_made_anew_and_the_answer_goes_on(
     await expect(chat.outcomes).to_be_hidden()
 
 
-async def test_a_chat_goes_on_after_its_idle_connection_was_closed(
-    chat: ChatPage, gateway: Gateway
-) -> None:
+async def test_a_chat_goes_on_after_its_idle_connection_was_closed(chat: ChatPage, gateway: Gateway) -> None:
     gateway.engine.tokens = [" First.", "###"]
     await chat.ask("One?")
     await expect(chat.answers.last).to_have_text("First.")

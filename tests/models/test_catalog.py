@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from petals_chat.models.catalog import CATALOG, aliases_of
 from petals_chat.settings import ModelSettings, load_settings
 
+NO_FILE = Path(os.devnull)
+
 
 def switched_on(key: str) -> ModelSettings:
-    [model] = load_settings(environment={}, overrides=[f'models."{key}"=true']).models
+    [model] = load_settings(NO_FILE, {}, overrides=[f'models."{key}"=true']).models
     return model
 
 
@@ -26,7 +31,7 @@ def test_an_entry_is_valid_and_complete(key: str) -> None:
 
 
 def test_all_entries_can_be_on_at_once() -> None:
-    settings = load_settings(environment={}, overrides=[f'models."{key}"=true' for key in CATALOG])
+    settings = load_settings(NO_FILE, {}, overrides=[f'models."{key}"=true' for key in CATALOG])
     assert [model.key for model in settings.models] == list(CATALOG)
 
 

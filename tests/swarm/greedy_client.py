@@ -22,7 +22,7 @@ class Ends:
     """Embeddings, final norm and LM head of a Llama-like checkpoint in float32."""
 
     def __init__(self, directory: Path) -> None:
-        weights = {}
+        weights: dict[str, torch.Tensor] = {}
         for path in directory.glob("*.safetensors"):
             with safe_open(path, framework="pt") as file:
                 weights |= {name: file.get_tensor(name) for name in file.keys() if ".layers." not in name}  # noqa: SIM118

@@ -104,7 +104,7 @@ def _requirements(model: ModelSettings) -> Requirements:
         memory_bytes_16_bit=2 * elements,
         memory_bytes_32_bit=4 * elements,
         tied_head=names.head is None,
-        model_type=checkpoint.config["model_type"],
+        model_type=checkpoint.model_type,
         num_blocks=checkpoint.num_blocks,
         hidden_size=hidden_size,
         vocabulary=vocabulary,

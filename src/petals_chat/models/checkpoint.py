@@ -26,11 +26,16 @@ class Checkpoint:
     """A model's checkpoint, in safetensors, in one file or in shards."""
 
     config: dict[str, Any]
-    """Of config.json; ``model_type`` and the number of blocks are in it."""
+    """What config.json says."""
     tensors: Mapping[str, TensorInfo]
     """By name. The names are known; a file's header is read when a tensor of it is asked for."""
     _repository: Repository
     _files: Mapping[str, str]
+
+    @property
+    def model_type(self) -> str:
+        """The architecture, in the words of transformers: "llama", "bloom", ..."""
+        return str(self.config["model_type"])
 
     @property
     def num_blocks(self) -> int:

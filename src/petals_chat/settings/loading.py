@@ -72,8 +72,7 @@ def load_settings(
 
 
 def _validate(layers: Layers) -> tuple[Settings | None, list[Problem]]:
-    problems: list[Problem] = []
-    models = served_models(layers, problems)
+    models, problems = served_models(layers)
     values: Table = {**layers.tree, "models": models}
     _resolve_data_dir(values, layers)
     try:
@@ -94,8 +93,7 @@ def _validate(layers: Layers) -> tuple[Settings | None, list[Problem]]:
 def _resolve_data_dir(values: Table, layers: Layers) -> None:
     engine, origin = values.get("engine"), layers.origin(("engine", "data_dir"))
     if isinstance(engine, dict) and isinstance(engine.get("data_dir"), str) and origin:
-        directory = origin.directory / Path(engine["data_dir"]).expanduser()
-        values["engine"] = {**engine, "data_dir": str(directory.resolve())}
+        values["engine"] = {**engine, "data_dir": str(origin.absolute(engine["data_dir"]))}
 
 
 def _location(location: tuple[int | str, ...], models: list[Table]) -> tuple[int | str, ...]:

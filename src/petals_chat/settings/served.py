@@ -13,7 +13,7 @@ from pathlib import Path
 
 from petals_chat.models.catalog import CATALOG, aliases_of
 from petals_chat.settings.sections import ModelSettings
-from petals_chat.settings.sources import KeyPath, Layers, Table
+from petals_chat.settings.sources import KeyPath, Layers, Origin, Table
 from petals_chat.settings.wording import expected, show
 
 
@@ -25,54 +25,40 @@ class Problem:
     sentence: str
 
 
-def served_models(layers: Layers, problems: list[Problem]) -> list[Table]:
-    """The values for a `ModelSettings` for each model that is switched on, in order; adds to ``problems``."""
+def served_models(layers: Layers) -> tuple[list[Table], list[Problem]]:
+    """The values for a `ModelSettings` for each model that is switched on, in order; and what is wrong."""
     entries = layers.tree.get("models", {})
     if not isinstance(entries, dict):
-        problems.append(
-            Problem(("models",), f"models = {show(entries)}, but it must be {expected(('models',))}")
-        )
-        return []
-    models = [_served_model(key, entry, layers, problems) for key, entry in entries.items()]
-    return [model for model in models if model is not None]
+        sentence = f"models = {show(entries)}, but it must be {expected(('models',))}"
+        return [], [Problem(("models",), sentence)]
+    results = [_served_model(key, entry, layers) for key, entry in entries.items() if entry is not False]
+    models = [result for result in results if not isinstance(result, Problem)]
+    return models, [result for result in results if isinstance(result, Problem)]
 
 
-def _served_model(key: str, entry: object, layers: Layers, problems: list[Problem]) -> Table | None:
+def _served_model(key: str, entry: object, layers: Layers) -> Table | Problem:
     path = ("models", key)
-    if entry is False:
-        return None
     if entry is True and key not in CATALOG:
-        problems.append(Problem(path, _not_in_catalog(key)))
-        return None
+        return Problem(path, _not_in_catalog(key))
     written: object = {} if entry is True else entry
     if not isinstance(written, dict):
-        problems.append(Problem(path, f"model {show(key)} = {show(entry)}, but it must be {expected(path)}"))
-        return None
+        return Problem(path, f"model {show(key)} = {show(entry)}, but it must be {expected(path)}")
     if "key" in written:
-        problems.append(
-            Problem((*path, "key"), f"the key of model {show(key)} is its table's name; remove key")
-        )
-        return None
+        return Problem((*path, "key"), f"the key of model {show(key)} is its table's name; remove key")
     if "adapter" in written and "repository" not in written and key not in CATALOG:
         sentence = f"model {show(key)} has an adapter, so it needs the repository of the model that it adapts"
-        problems.append(Problem((*path, "repository"), sentence))
-        return None
+        return Problem(path, sentence)
 
     model = {"repository": key, "name": key.rsplit("/", 1)[-1]} | _merged(CATALOG.get(key, {}), written)
-    local = False
+    is_local = False
     for setting in ("repository", "adapter"):
         value, origin = model.get(setting), layers.origin((*path, setting))
-        if isinstance(value, str) and origin and (directory := _local_directory(value, origin.directory)):
+        if isinstance(value, str) and origin and (directory := _local_directory(value, origin)):
             model[setting] = str(directory)
-            local = True
-    if (
-        "/" in key
-        and not local
-        and key not in CATALOG
-        and key not in (model["repository"], model.get("adapter"))
-    ):
-        problems.append(Problem(path, _foreign_key(key, model)))
-        return None
+            is_local = True
+    is_named_after_source = key in CATALOG or key in (model["repository"], model.get("adapter"))
+    if "/" in key and not is_local and not is_named_after_source:
+        return Problem(path, _foreign_key(key, model))
     return {"key": key, **model}
 
 
@@ -105,11 +91,11 @@ def _merged(below: Mapping[str, object], above: Mapping[str, object]) -> Table:
     return merged
 
 
-def _local_directory(text: str, base: Path) -> Path | None:
+def _local_directory(text: str, origin: Origin) -> Path | None:
     """The directory that ``text`` means; None if it is a hub repository, "owner/name" or "name"."""
-    directory = base / Path(text).expanduser()
+    directory = origin.absolute(text)
     looks_local = text.startswith(("/", ".", "~")) or text.count("/") > 1
-    return directory.resolve() if looks_local or directory.is_dir() else None
+    return directory if looks_local or (text and directory.is_dir()) else None
 
 
 def _not_in_catalog(key: str) -> str:

@@ -5,6 +5,7 @@ It knows how values are written in each source, not which settings exist.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import os
@@ -27,6 +28,12 @@ class Origin:
 
     name: str
     directory: Path
+
+    def absolute(self, text: str) -> Path:
+        """The path that ``text`` means; "~" is the home directory, if there is one."""
+        with contextlib.suppress(RuntimeError):
+            return (self.directory / Path(text).expanduser()).resolve()
+        return (self.directory / text).resolve()
 
 
 @dataclasses.dataclass(frozen=True)

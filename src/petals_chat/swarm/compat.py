@@ -1,8 +1,8 @@
 """Makes Petals 2.2.0.post1 import and run on hivemind 1.1.12 and transformers 5, which it does not know.
 
-`install` must be called before anything of ``petals`` is imported. Every override says what it replaces, why,
-and for which versions; the tests fail when a newer release no longer needs one. What a host needs beyond
-that stands in `petals_chat.swarm.backend`.
+`install` must be called before anything of ``petals`` or ``hivemind`` is imported. Every override says what
+it replaces, why, and for which versions. What a host changes in Petals' server is in
+`petals_chat.swarm.backend`.
 """
 
 from __future__ import annotations
@@ -10,27 +10,41 @@ from __future__ import annotations
 import asyncio
 import importlib
 import importlib.metadata
+import importlib.util
 import logging
 import os
+import sys
 import traceback
-import types
 import warnings
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
-from torch.multiprocessing import reductions as shared_memory
+from torch.multiprocessing.reductions import reduce_tensor as reduce_shared_tensor
 
 from petals_chat.errors import ConfigurationError
 
 PETALS_VERSION = "2.2.0.post1"
 
-HIVEMIND_NAMES = {
+BARE_PACKAGES = (
+    "hivemind",
+    "hivemind.moe",
+    "hivemind.moe.client",
+    "hivemind.moe.server",
+    "petals",
+    "petals.client",
+    "petals.utils",
+    "tensor_parallel",
+)
+"""Packages of which only submodules are used. Their ``__init__.py`` is not run."""
+
+PACKAGE_NAMES = {
     "hivemind.compression": (
         "deserialize_tensor_stream",
         "deserialize_torch_tensor",
         "serialize_torch_tensor",
     ),
+    "hivemind.dht": ("DHT",),
     "hivemind.p2p": ("P2P", "P2PContext", "PeerID"),
     "hivemind.utils": (
         "MAX_DHT_TIME_DISCREPANCY_SECONDS",
@@ -45,10 +59,11 @@ HIVEMIND_NAMES = {
     "hivemind.utils.asyncio": ("anext",),
     "hivemind.utils.nested": ("nested_compare",),
     "hivemind.utils.tensor_descr": ("BatchTensorDescriptor",),
+    "tensor_parallel.tensor_parallel": ("TensorParallel",),
 }
-"""What Petals expects on the package ``hivemind`` itself, by the module that has it."""
+"""What Petals expects on the bare packages themselves, by the module that has it."""
 
-LIBRARIES = ("hivemind", "petals", "transformers", "tensor_parallel")
+LIBRARIES = ("hivemind", "petals", "tensor_parallel")
 
 _installed = False
 
@@ -63,17 +78,15 @@ def install() -> None:
     if _installed:
         return
     _require_petals()
-    # petals 2.2.0 asserts 4.32 <= transformers < 4.35. What breaks beyond is overridden or not used.
-    os.environ["PETALS_IGNORE_DEPENDENCY_VERSION"] = "1"
     # hivemind's default, "file_system", runs torch_shm_manager, a process of 80 MB.
     os.environ["HIVEMIND_MEMORY_SHARING_STRATEGY"] = "file_descriptor"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the libraries, at import
-        _restore_hivemind_names()
+        _make_bare_packages()
         _restore_get_file_from_repo()
         _replace_cancel_task_if_running()
         _pickle_tensors_by_value()
-        importlib.import_module("petals")
+        importlib.import_module("petals.server.handler")  # common to clients and servers
     _route_logs()
     _installed = True
 
@@ -110,13 +123,28 @@ def _require_petals() -> None:
         )
 
 
-def _restore_hivemind_names() -> None:
-    """hivemind 1.1.12 (pull request 663) dropped the star imports that had put these names there."""
-    hivemind = importlib.import_module("hivemind")
-    for module, names in HIVEMIND_NAMES.items():
-        source = importlib.import_module(module)
+def _make_bare_packages() -> None:
+    """Import packages without their ``__init__.py``, and put on them the names that Petals takes from them.
+
+    petals 2.2.0 asserts 4.32 <= transformers < 4.35 there and imports its models for it; hivemind 1.1.12 no
+    longer has the names (its pull request 663 dropped star imports), but imports its training code and scipy;
+    tensor_parallel 1.0.23 imports all of transformers' model code. This costs a second and 110 MB.
+    """
+    for name in BARE_PACKAGES:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None, f"{name} is not installed"
+        package = importlib.util.module_from_spec(spec)
+        sys.modules[name] = package
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, package)
+    for module, names in PACKAGE_NAMES.items():
+        package = sys.modules[module.split(".")[0]]
         for name in names:
-            setattr(hivemind, name, getattr(source, name))
+            setattr(package, name, getattr(importlib.import_module(module), name))
+    sys.modules["petals"].__version__ = PETALS_VERSION  # type: ignore[attr-defined]
+    # As petals/__init__.py does: swarms send bfloat16 as bfloat16, not as float32.
+    importlib.import_module("hivemind.compression.base").USE_LEGACY_BFLOAT16 = False  # type: ignore[attr-defined]
 
 
 def _restore_get_file_from_repo() -> None:
@@ -141,7 +169,7 @@ def _replace_cancel_task_if_running() -> None:
         "hivemind.p2p.p2p_daemon",
         "hivemind.p2p.p2p_daemon_bindings.control",
     ):
-        module: types.ModuleType = importlib.import_module(name)
+        module = importlib.import_module(name)
         module.cancel_task_if_running = cancel_task_if_running  # type: ignore[attr-defined]
 
 
@@ -154,7 +182,7 @@ def _pickle_tensors_by_value() -> None:
 
     def reduce_tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
         if tensor.device.type != "cpu":
-            return shared_memory.reduce_tensor(tensor)
+            return reduce_shared_tensor(tensor)  # type: ignore[no-any-return, no-untyped-call]
         content = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         return _rebuild_tensor, (content, tensor.dtype, tensor.shape, tensor.requires_grad)
 
