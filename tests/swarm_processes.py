@@ -1,4 +1,4 @@
-"""Real hosts for tests: ``python -m petals_chat host`` as child processes, watched until nothing is left of them."""
+"""Real hosts for tests: ``python -m petals_chat host``, watched until nothing is left of them."""
 
 from __future__ import annotations
 

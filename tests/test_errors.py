@@ -42,7 +42,11 @@ def test_an_unknown_code_becomes_an_engine_error() -> None:
     [
         (MissingBlocksError([0]), "MissingBlocksError", "No servers holding blocks"),
         (UnknownModelError("x", ["y"]), "KeyError", "'x'"),
-        (MaximumLengthExceededError("too long", limit=8), "MaximumLengthExceededError", "Maximum length exceeded"),
+        (
+            MaximumLengthExceededError("too long", limit=8),
+            "MaximumLengthExceededError",
+            "Maximum length exceeded",
+        ),
         (AttentionCacheFullError(), "AttentionCacheFullError", "attention cache is full"),
         (SessionExpiredError("abc"), "SessionExpiredError", "Session abc expired"),
     ],

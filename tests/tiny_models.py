@@ -1,4 +1,4 @@
-"""Tiny checkpoints with random weights, of every family that hosts serve, and what transformers makes of them."""
+"""Tiny checkpoints with random weights, of every family that hosts serve, and what they answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import transformers
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A model of transformers, by the beginning of its classes' names, and what its config has beyond `_COMMON`."""
+    """A family, by how its classes in transformers begin, and what its config has beyond `_COMMON`."""
 
     class_prefix: str
     config: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -10,7 +10,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 TEXT = """
@@ -67,9 +76,12 @@ def byte_fallback_tokenizer(vocab_size: int = 400) -> PreTrainedTokenizerFast:
     learner.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=vocab_size - 259, show_progress=False))
     learned = learner.get_vocab()
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    vocab = {token: index for index, token in enumerate([*special, *sorted(learned, key=learned.__getitem__)])}
-    merges = [tuple(pair) for pair in _merges(learner)]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    vocab = {
+        token: index for index, token in enumerate([*special, *sorted(learned, key=learned.__getitem__)])
+    }
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=_merges(learner), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special[:3]])
     tokenizer.normalizer = learner.normalizer
     tokenizer.decoder = decoders.Sequence(
@@ -97,6 +109,5 @@ def save_tokenizer(kind: str, directory: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _merges(tokenizer: Tokenizer) -> list[list[str]]:
-    merges: list[list[str]] = json.loads(tokenizer.to_str())["model"]["merges"]
-    return merges
+def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    return [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]

@@ -83,7 +83,9 @@ class MessageTooLargeError(RequestError):
     code = "message_too_large"
 
     def __init__(self, limit_bytes: int) -> None:
-        super().__init__(f"the message is larger than the {limit_bytes} bytes allowed here", limit_bytes=limit_bytes)
+        super().__init__(
+            f"the message is larger than the {limit_bytes} bytes allowed here", limit_bytes=limit_bytes
+        )
 
 
 class ProtocolViolationError(RequestError):
@@ -100,7 +102,9 @@ class UnknownModelError(RequestError):
 
     def __init__(self, model: str, known: Iterable[str]) -> None:
         names = tuple(known)
-        super().__init__(f"model {model!r} is not served here. Models: {', '.join(names)}", model=model, models=names)
+        super().__init__(
+            f"model {model!r} is not served here. Models: {', '.join(names)}", model=model, models=names
+        )
 
 
 class ModelNotPublicError(RequestError):

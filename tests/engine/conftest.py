@@ -44,7 +44,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def hosts(checkpoints: dict[str, Path]) -> Iterator[dict[str, HostReady]]:
     """The hosts of the random and of the reciting blocks; tokenizers share the random ones."""
     with running_host(checkpoints["byte_level"]) as random, running_host(checkpoints["reciting"]) as reciting:
-        yield {kind: random for kind in TOKENIZERS} | {"reciting": reciting}
+        yield dict.fromkeys(TOKENIZERS, random) | {"reciting": reciting}
 
 
 @pytest_asyncio.fixture(scope="session")
@@ -65,9 +65,7 @@ async def engine(
             for kind, directory in checkpoints.items()
         ),
         swarm=SwarmSettings(prefill_chunk_tokens=PREFILL_CHUNK_TOKENS),
-        engine=EngineSettings(
-            dtype=Dtype.FLOAT32, threads=1, data_dir=tmp_path_factory.mktemp("data")
-        ),
+        engine=EngineSettings(dtype=Dtype.FLOAT32, threads=1, data_dir=tmp_path_factory.mktemp("data")),
     )
     async with ProcessEngine(settings) as engine:
         await engine.wait_until_settled()

@@ -27,8 +27,10 @@ class LocalModel:
         self.model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
     def generate(self, tokens: list[int], max_new_tokens: int, **options: Any) -> list[int]:
+        ids = torch.tensor([tokens])
         output = self.model.generate(
-            torch.tensor([tokens]),
+            ids,
+            attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=0,
@@ -100,9 +102,9 @@ async def test_a_session_continued_over_several_requests_equals_local_transforme
 async def test_a_repetition_penalty_counts_the_whole_session(
     engine: ProcessEngine, local_models: dict[str, LocalModel]
 ) -> None:
-    local = local_models["bos"]
+    local = local_models["byte_fallback"]
     sampling = SamplingParameters(repetition_penalty=1.5)
-    session = await engine.open_session("bos", SESSION_TOKENS)
+    session = await engine.open_session("byte_fallback", SESSION_TOKENS)
     tokens = local.tokenizer("Hello machines")["input_ids"]
     for inputs in ("Hello machines", None):
         expected = local.generate(tokens, 12, repetition_penalty=1.5)
@@ -136,7 +138,9 @@ async def test_a_session_that_outgrows_its_room_in_the_swarm_continues_identical
     tokens = local.tokenizer("many machines run")["input_ids"]
     count = SESSION_TOKENS - len(tokens)
     session = await engine.open_session("byte_level", SESSION_TOKENS)
-    chunks = await collect(session, GenerationRequest("many machines run", max_new_tokens=10_000, chunk_tokens=1))
+    chunks = await collect(
+        session, GenerationRequest("many machines run", max_new_tokens=10_000, chunk_tokens=1)
+    )
     await session.close()
     expected = local.generate(tokens, count)
     assert text_of(chunks).rstrip("\N{REPLACEMENT CHARACTER}") == local.text_after(tokens, expected)

@@ -40,7 +40,9 @@ async def test_characters_come_whole_token_by_token(session: EngineSession) -> N
     assert [chunk.token_count for chunk in chunks[:4]] == [4, 3, 3, 1]
 
 
-async def test_a_stop_sequence_of_several_tokens_ends_the_text_and_is_part_of_it(session: EngineSession) -> None:
+async def test_a_stop_sequence_of_several_tokens_ends_the_text_and_is_part_of_it(
+    session: EngineSession,
+) -> None:
     request = GenerationRequest("A", chunk_tokens=1, stop_sequences=("###", "[END]"))
     chunks = await collect(session, request)
     assert text_of(chunks) == "😀世界 machine[END]"
@@ -75,7 +77,9 @@ async def test_a_full_context_is_said(engine: ProcessEngine) -> None:
     await session.close()
 
 
-async def test_a_character_cut_by_the_end_of_a_request_comes_whole_in_the_next(session: EngineSession) -> None:
+async def test_a_character_cut_by_the_end_of_a_request_comes_whole_in_the_next(
+    session: EngineSession,
+) -> None:
     first = await collect(session, GenerationRequest("A", max_new_tokens=2))
     second = await collect(session, GenerationRequest(None, max_new_tokens=5))
     assert (text_of(first), text_of(second)) == ("", "😀世")
@@ -130,7 +134,9 @@ async def test_requests_in_one_session_wait_for_each_other(session: EngineSessio
     assert text_of(first) + text_of(second) == "😀世"
 
 
-async def test_closing_ends_what_runs_and_frees_the_session(engine: ProcessEngine, session: EngineSession) -> None:
+async def test_closing_ends_what_runs_and_frees_the_session(
+    engine: ProcessEngine, session: EngineSession
+) -> None:
     stream = session.generate(GenerationRequest("B", chunk_tokens=1))
     await anext(stream)
     await session.close()

@@ -73,5 +73,5 @@ async def running_gateway(
 async def until(condition: Callable[[], object]) -> None:
     """Wait until the condition holds."""
     async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 - many conditions here have no event
+        while not condition():
             await asyncio.sleep(0.005)

@@ -20,7 +20,9 @@ def test_a_command_comes_back_as_it_was() -> None:
     command = Generate(
         7,
         "session",
-        GenerationRequest("Hi", SamplingParameters(do_sample=True, seed=3), chunk_tokens=1, stop_sequences=("###",)),
+        GenerationRequest(
+            "Hi", SamplingParameters(do_sample=True, seed=3), chunk_tokens=1, stop_sequences=("###",)
+        ),
         window=4,
     )
     assert decode_command(encode(command)) == command

@@ -62,6 +62,7 @@ def _add_swarm_arguments(group: Any) -> None:
     swarm.add_argument(
         "--initial-peers",
         nargs="+",
+        type=_multiaddress,
         default=[],
         metavar="ADDRESS",
         help="join the swarm of these members: /ip4/.../tcp/.../p2p/...",
@@ -153,6 +154,12 @@ def _ip_address(text: str) -> str:
         return str(ipaddress.ip_address(text))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not an IP address") from None
+
+
+def _multiaddress(text: str) -> str:
+    if not text.startswith("/") or "/p2p/" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like /ip4/192.0.2.1/tcp/31337/p2p/QmPeer")
+    return text
 
 
 def _port(text: str) -> int:

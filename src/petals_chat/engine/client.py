@@ -99,9 +99,7 @@ class WorkerConnection:
             request_id = next(self._request_ids)
             await self._ask(CloseSession(request_id, session_id), request_id)
 
-    async def generate(
-        self, session_id: str, request: GenerationRequest
-    ) -> AsyncGenerator[Chunk, None]:
+    async def generate(self, session_id: str, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         """Generate in a session; see `petals_chat.engine.interface.EngineSession.generate`."""
         request_id = next(self._request_ids)
         answers = self._expect_answers(request_id)

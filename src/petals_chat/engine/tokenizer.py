@@ -40,9 +40,7 @@ class Tokenizer:
         return text
 
 
-def _end_of_sequence_ids(
-    repository: str, revision: str | None, config: dict[str, object]
-) -> frozenset[int]:
+def _end_of_sequence_ids(repository: str, revision: str | None, config: dict[str, object]) -> frozenset[int]:
     """As ``generate()`` takes them: from generation_config.json, else from config.json; one id or a list."""
     file = cached_file(
         repository,

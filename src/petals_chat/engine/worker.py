@@ -72,9 +72,7 @@ class _Generation:
         self, text: str, token_count: int, finish_reason: FinishReason | None, prompt_tokens: int
     ) -> None:
         await self._window.acquire()
-        self._send(
-            ChunkGenerated(self._command.request_id, text, token_count, finish_reason, prompt_tokens)
-        )
+        self._send(ChunkGenerated(self._command.request_id, text, token_count, finish_reason, prompt_tokens))
 
     def acknowledge(self, count: int) -> None:
         for _ in range(count):
@@ -198,7 +196,9 @@ def _read_start_command(connection: socket.socket, decoder: FrameDecoder) -> Sta
     while data := connection.recv(READ_BYTES):
         for body in decoder.feed(data):
             command = decode_command(body)
-            assert isinstance(command, StartWorker), "the gateway sends nothing else before the worker started"
+            assert isinstance(command, StartWorker), (
+                "the gateway sends nothing else before the worker started"
+            )
             return command
     return None
 
@@ -261,7 +261,9 @@ def main() -> int:
     """Run a worker on the socket whose file descriptor is the only argument."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the gateway, which closes the socket
     connection = socket.socket(fileno=int(sys.argv[1]))
-    signal.signal(signal.SIGTERM, lambda *_: connection.shutdown(socket.SHUT_RD))  # as if the gateway had gone
+    signal.signal(
+        signal.SIGTERM, lambda *_: connection.shutdown(socket.SHUT_RD)
+    )  # as if the gateway had gone
     decoder = FrameDecoder()
     command = _read_start_command(connection, decoder)
     if command is None:

@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import petals_chat
 from petals_chat.engine.interface import Engine
@@ -66,7 +67,6 @@ def create_app(
         title="Petals Chat",
         version=petals_chat.__version__,
         description=_DESCRIPTION,
-        root_path=settings.server.root_path,
         redoc_url=None,
         lifespan=run,
     )
@@ -76,6 +76,8 @@ def create_app(
     app.router.add_websocket_route("/api/v2/generate", websocket_v2.generate)
     app.router.default = Pages()
     errors.register(app)
+    if settings.server.root_path:
+        app.add_middleware(_PublishedUnder, path=settings.server.root_path)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=settings.server.cors_origins,
@@ -83,3 +85,17 @@ def create_app(
         allow_headers=("*",),
     )
     return app
+
+
+class _PublishedUnder:
+    """Tells the routes under which path a proxy publishes the server, whether or not it removes that path.
+
+    (The server's own option of this name takes for granted that the proxy removes it.)
+    """
+
+    def __init__(self, app: ASGIApp, path: str) -> None:
+        self._app = app
+        self._path = path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app({**scope, "root_path": self._path}, receive, send)

@@ -44,7 +44,6 @@ def uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
     """The configuration with which ``uvicorn.Server`` serves the app."""
     for name in ("uvicorn.access", "uvicorn.error"):
         logging.getLogger(name).addFilter(_without_query_strings)
-    debugging = settings.server.log_level == "debug"
     return uvicorn.Config(
         app,
         host=settings.server.host,
@@ -60,7 +59,6 @@ def uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         lifespan="on",
         log_config=None,
         log_level=_UVICORN_LOG_LEVELS[settings.server.log_level],
-        access_log=debugging,
         proxy_headers=True,
         forwarded_allow_ips=settings.server.forwarded_allow_ips,
         server_header=False,

@@ -20,9 +20,7 @@ class StopMatcher:
         if not self._stop_sequences:
             return None
         searched = self._tail + text
-        ends = [
-            start + len(stop) for stop in self._stop_sequences if (start := searched.find(stop)) >= 0
-        ]
+        ends = [start + len(stop) for stop in self._stop_sequences if (start := searched.find(stop)) >= 0]
         if ends:
             return min(ends) - len(self._tail)
         self._tail = searched[max(0, len(searched) - self._tail_chars) :]

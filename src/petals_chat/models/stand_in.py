@@ -11,10 +11,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from petals_chat.settings import ChatSettings, ModelSettings
+
+Weights = npt.NDArray[np.float32]
 
 KEY = "petals-chat/stand-in"
 _END_OF_TEXT = "<|endoftext|>"
@@ -26,12 +29,7 @@ _NUM_KEY_VALUE_HEADS = 2
 _CONTEXT_TOKENS = 2048
 _SEED = 2026
 
-_WORDS = """
-petals swarm machine model block token layer memory host gateway session answer question word network garden river
-morning evening light shadow small large quiet bright green golden simple many several every another together alone
-carries holds opens follows keeps sends waits begins ends turns grows learns speaks listens remembers forgets finds
-the a of in on with from under over between because while when where if so and but or not it we they you she he
-""".split()
+_WORDS = ["petals", "swarm", "machine", "model", "block", "token", "layer", "memory", "host", "gateway", "session", "answer", "question", "word", "network", "garden", "river", "morning", "evening", "light", "shadow", "small", "large", "quiet", "bright", "green", "golden", "simple", "many", "several", "every", "another", "together", "alone", "carries", "holds", "opens", "follows", "keeps", "sends", "waits", "begins", "ends", "turns", "grows", "learns", "speaks", "listens", "remembers", "forgets", "finds", "the", "a", "of", "in", "on", "with", "from", "under", "over", "between", "because", "while", "when", "where", "if", "so", "and", "but", "or", "not", "it", "we", "they", "you", "she", "he"]
 
 
 def stand_in_settings(directory: Path) -> ModelSettings:
@@ -98,19 +96,19 @@ def _build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def _build_weights(tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+def _build_weights(tokenizer: Tokenizer) -> dict[str, Weights]:
     random = np.random.default_rng(_SEED)
 
-    def matrix(rows: int, columns: int, scale: float = 1.0) -> np.ndarray:
-        return (random.standard_normal((rows, columns)) * scale / columns**0.5).astype(np.float32)
+    def matrix(rows: int, columns: int, scale: float = 1.0) -> Weights:
+        return np.asarray(random.standard_normal((rows, columns)) * scale / columns**0.5, dtype=np.float32)
 
-    def ones() -> np.ndarray:
+    def ones() -> Weights:
         return np.ones(_HIDDEN_SIZE, dtype=np.float32)
 
     vocab_size = tokenizer.get_vocab_size()
     key_value_size = _HIDDEN_SIZE // _NUM_HEADS * _NUM_KEY_VALUE_HEADS
     head = np.zeros((vocab_size, _HIDDEN_SIZE), dtype=np.float32)
-    spoken = [tokenizer.token_to_id(tokenizer.encode(f" {word}").tokens[0]) for word in _WORDS]
+    spoken = [tokenizer.encode(f" {word}").ids[0] for word in _WORDS]
     head[spoken] = matrix(len(spoken), _HIDDEN_SIZE, scale=4.0)  # only whole words, never half a character
     weights = {
         "model.embed_tokens.weight": matrix(vocab_size, _HIDDEN_SIZE, scale=_HIDDEN_SIZE**0.5),

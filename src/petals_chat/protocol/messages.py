@@ -229,9 +229,11 @@ def encode(message: Command | Event) -> bytes:
 
 def decode_command(body: bytes) -> Command:
     """The command in ``body``. Raises ``msgspec.MsgspecError`` if it is none."""
-    return _command_decoder.decode(body)
+    command: Command = _command_decoder.decode(body)
+    return command
 
 
 def decode_event(body: bytes) -> Event:
     """The event in ``body``. Raises ``msgspec.MsgspecError`` if it is none."""
-    return _event_decoder.decode(body)
+    event: Event = _event_decoder.decode(body)
+    return event

@@ -68,7 +68,9 @@ class SwarmClient:
                 nat_port_map=public,
             )
         except Exception as error:
-            raise SwarmUnreachableError(f"no initial peer of the swarm answers: {', '.join(peers)}") from error
+            raise SwarmUnreachableError(
+                f"no initial peer of the swarm answers: {', '.join(peers)}"
+            ) from error
         self._manager = RemoteSequenceManager(
             ClientConfig(
                 initial_peers=peers,
@@ -176,7 +178,8 @@ class SwarmRouting:
 
     def uids(self, span: RemoteSpanInfo) -> str:
         """The names of the blocks of ``span``."""
-        return CHAIN_DELIMITER.join(self._manager.block_uids[span.start : span.end])
+        uids: str = CHAIN_DELIMITER.join(self._manager.block_uids[span.start : span.end])
+        return uids
 
     def note_failure(self, span: RemoteSpanInfo | None) -> None:
         """Avoid the server for a while; without servers left for a block, look for others."""

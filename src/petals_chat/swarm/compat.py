@@ -97,18 +97,20 @@ def log_to_stderr(*, debug: bool) -> None:
     Without it, `install` leaves their warnings to the root logger as it is.
     """
     handler = logging.StreamHandler()
-    formatter = logging.Formatter if debug else CalmFormatter
-    handler.setFormatter(formatter("%(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(logging.Formatter(logging.BASIC_FORMAT) if debug else CalmFormatter())
     logging.getLogger().addHandler(handler)
     _set_level(logging.DEBUG if debug else logging.WARNING)
 
 
 class CalmFormatter(logging.Formatter):
-    """One line for each record: of an exception its last line only."""
+    """One line for each record, with the name and the sentence of an exception, but no traceback."""
 
-    def formatException(self, ei: Any) -> str:
-        """The exception as ``Name: sentence``."""
-        return "".join(traceback.format_exception_only(ei[0], ei[1])).strip()
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        line = f"{record.levelname.lower()}: {record.getMessage()}"
+        if record.exc_info and record.exc_info[1]:
+            line += " " + traceback.format_exception_only(record.exc_info[1])[-1]
+        return line.strip()
 
 
 def _require_petals() -> None:

@@ -100,8 +100,6 @@ class _Host:
         family = family_of(checkpoint.config["model_type"])
         _require_blocks(options.blocks, checkpoint.num_blocks)
         _require_free_port(options.address, options.port)
-        if options.identity:
-            options.identity.parent.mkdir(parents=True, exist_ok=True)
 
         from petals_chat.swarm import compat
 

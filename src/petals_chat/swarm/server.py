@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 import gc
+import re
 import threading
+from pathlib import Path
 from typing import Any
 
 import petals.server.server as petals_server
 import torch
-from hivemind.p2p import P2PDaemonError
+from google.protobuf.message import DecodeError
+from hivemind.p2p import P2P, P2PDaemonError, PeerID
 from petals.constants import PUBLIC_INITIAL_PEERS
 from petals.data_structures import ServerState
 from petals.utils.convert_block import QuantType
@@ -65,6 +68,8 @@ class BlockServer:
             )
         if options.threads:
             torch.set_num_threads(options.threads)
+        if options.identity:
+            _require_identity(options.identity)
         register(family)
         install_backend(checkpoint, self._before_block)
         public = options.initial_peers == "public"
@@ -99,7 +104,7 @@ class BlockServer:
                 **(_public_swarm_options() if public else _private_swarm_options(options)),
             )
         except P2PDaemonError as error:
-            raise _explained(error, options) from error
+            raise _unreachable_or_not_listening(error, options) from error
         except AssertionError as error:  # Petals reports a GPU that is too small this way
             raise ConfigurationError(f"the blocks cannot be served: {error}") from error
 
@@ -207,10 +212,30 @@ def _private_swarm_options(options: HostOptions) -> dict[str, Any]:
     }
 
 
-def _explained(error: P2PDaemonError, options: HostOptions) -> ConfigurationError | SwarmUnreachableError:
+def _require_identity(path: Path) -> None:
+    """Make the key in ``path`` if it is missing."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            P2P.generate_identity(str(path))
+        PeerID.from_identity(path.read_bytes())
+    except OSError as error:
+        raise ConfigurationError(f"--identity {path}: {error.strerror}") from None
+    except (DecodeError, ValueError):
+        raise ConfigurationError(
+            f"--identity {path}: this is no key. Without the file, the host makes a new one"
+        ) from None
+
+
+def _unreachable_or_not_listening(
+    error: P2PDaemonError, options: HostOptions
+) -> ConfigurationError | SwarmUnreachableError:
     if "already taken" in str(error):
-        return ConfigurationError(f"identity: {error}. Give each host a file of its own")
+        return ConfigurationError(
+            f"--identity {options.identity}: another host of the swarm has the same key. Give each its own"
+        )
+    reason = re.sub(r"^Daemon failed to start: (\S+/\S+ \S+:\S+ )?", "", str(error))
     if options.initial_peers:
         peers = "the public swarm" if options.initial_peers == "public" else ", ".join(options.initial_peers)
-        return SwarmUnreachableError(f"none of the initial peers can be reached: {peers} ({error})")
-    return ConfigurationError(f"cannot listen at {options.listen_address}: {error}")
+        return SwarmUnreachableError(f"none of the initial peers can be reached: {peers} ({reason})")
+    return ConfigurationError(f"cannot listen at {options.listen_address}: {reason}")

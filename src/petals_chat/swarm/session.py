@@ -243,7 +243,7 @@ class _ServerSession:
 
 def _joined(pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The pieces [1, tokens, hidden_size] as few ones of at most `REPLAY_TOKENS` tokens."""
-    return list(torch.cat(list(pieces), dim=1).split(REPLAY_TOKENS, dim=1)) if pieces else []
+    return list(torch.split(torch.cat(list(pieces), dim=1), REPLAY_TOKENS, dim=1)) if pieces else []
 
 
 def _translate(error: Exception) -> AttentionCacheFullError | MissingBlocksError | SwarmUnreachableError:

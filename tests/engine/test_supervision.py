@@ -1,0 +1,127 @@
+"""Processes that die: requests fail with the reason, the processes come back, and nothing is left at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+import pytest_asyncio
+
+from petals_chat.engine.interface import ModelState
+from petals_chat.engine.supervisor import ProcessEngine
+from petals_chat.errors import (
+    MissingBlocksError,
+    ModelLoadingError,
+    ModelUnavailableError,
+    SwarmUnreachableError,
+    WorkerLostError,
+)
+from petals_chat.models.stand_in import KEY, stand_in_settings
+from petals_chat.protocol.messages import GenerationRequest
+from petals_chat.settings import Dtype, EngineSettings, ModelSettings, Settings
+
+TIMEOUT_SECONDS = 60
+
+
+def engine_settings(data_dir: Path, *models: ModelSettings) -> Settings:
+    return Settings(
+        models=models or (stand_in_settings(data_dir / "stand-in"),),
+        engine=EngineSettings(data_dir=data_dir, dtype=Dtype.FLOAT32, threads=1),
+    )
+
+
+@pytest_asyncio.fixture(scope="module")
+async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ProcessEngine]:
+    """The default: a worker and a private host of this machine."""
+    async with ProcessEngine(engine_settings(tmp_path_factory.mktemp("data"))) as engine:
+        await engine.wait_until_settled()
+        yield engine
+        family = our_processes("")
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert alive == []
+
+
+async def generate(engine: ProcessEngine, max_new_tokens: int = 8) -> str:
+    session = await engine.open_session(KEY, 64)
+    try:
+        request = GenerationRequest("Hello", max_new_tokens=max_new_tokens)
+        return "".join([chunk.text async for chunk in session.generate(request)])
+    finally:
+        await session.close()
+
+
+def our_processes(word: str) -> list[psutil.Process]:
+    """Processes that this one started, directly or not, whose command line has ``word``."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if word in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def leader(word: str) -> psutil.Process:
+    """The process with ``word`` in its command line that this one started itself."""
+    (process,) = [process for process in psutil.Process().children() if word in " ".join(process.cmdline())]
+    return process
+
+
+async def wait_for_state(engine: ProcessEngine, state: ModelState) -> None:
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        while engine.statuses[KEY].state is not state:
+            await asyncio.sleep(0.05)
+
+
+async def test_a_killed_worker_fails_its_requests_and_comes_back(engine: ProcessEngine) -> None:
+    expected = await generate(engine)
+    session = await engine.open_session(KEY, 512)
+    stream = session.generate(GenerationRequest("Hello", chunk_tokens=1))
+    await anext(stream)
+    worker = leader("engine.worker")
+    family = [worker, *worker.children(recursive=True)]
+    worker.kill()
+    with pytest.raises(WorkerLostError, match="restarted"):
+        async for _ in stream:
+            pass
+    await session.close()
+    with pytest.raises((ModelUnavailableError, ModelLoadingError)):
+        await engine.open_session(KEY, 64)
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert alive == []
+    await wait_for_state(engine, ModelState.READY)
+    assert await generate(engine) == expected
+
+
+async def test_a_session_goes_on_identically_when_a_killed_host_is_back(engine: ProcessEngine) -> None:
+    session = await engine.open_session(KEY, 64)
+    first = [chunk.text async for chunk in session.generate(GenerationRequest("Hello", max_new_tokens=8))]
+    undisturbed = await generate(engine, 16)
+    host = leader("host")
+    family = [host, *host.children(recursive=True)]
+    host.kill()
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert alive == []
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        while True:
+            try:
+                request = GenerationRequest(None, max_new_tokens=8)
+                second = [chunk.text async for chunk in session.generate(request)]
+                break
+            except (MissingBlocksError, SwarmUnreachableError):
+                await asyncio.sleep(0.5)
+    assert "".join(first + second) == undisturbed
+    await session.close()
+
+
+async def test_a_model_that_cannot_be_started_says_why_and_others_go_on(tmp_path: Path) -> None:
+    broken = ModelSettings(key="broken", repository=str(tmp_path / "nothing"), name="Broken")
+    settings = engine_settings(tmp_path, broken)
+    async with ProcessEngine(settings) as engine:
+        await engine.wait_until_settled()
+        assert engine.statuses["broken"].state is ModelState.UNAVAILABLE
+        with pytest.raises(ModelUnavailableError, match="nothing"):
+            await engine.open_session("broken", 64)
