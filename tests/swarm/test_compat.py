@@ -107,7 +107,9 @@ def test_a_tensor_crosses_to_another_process_as_it_is(tensor: torch.Tensor) -> N
 
 
 def test_of_what_the_libraries_log_the_warnings_are_let_through() -> None:
-    enabled = [logging.getLogger(name).getEffectiveLevel() for name in ("petals.server.server", "hivemind.dht")]
+    enabled = [
+        logging.getLogger(name).getEffectiveLevel() for name in ("petals.server.server", "hivemind.dht")
+    ]
     assert enabled == [logging.WARNING, logging.WARNING]
 
 

@@ -29,7 +29,13 @@ _NUM_KEY_VALUE_HEADS = 2
 _CONTEXT_TOKENS = 2048
 _SEED = 2026
 
-_WORDS = ["petals", "swarm", "machine", "model", "block", "token", "layer", "memory", "host", "gateway", "session", "answer", "question", "word", "network", "garden", "river", "morning", "evening", "light", "shadow", "small", "large", "quiet", "bright", "green", "golden", "simple", "many", "several", "every", "another", "together", "alone", "carries", "holds", "opens", "follows", "keeps", "sends", "waits", "begins", "ends", "turns", "grows", "learns", "speaks", "listens", "remembers", "forgets", "finds", "the", "a", "of", "in", "on", "with", "from", "under", "over", "between", "because", "while", "when", "where", "if", "so", "and", "but", "or", "not", "it", "we", "they", "you", "she", "he"]
+_VOCABULARY = """
+petals swarm machine model block token layer memory host gateway session answer question word network
+garden river morning evening light shadow small large quiet bright green golden simple many several every
+another together alone carries holds opens follows keeps sends waits begins ends turns grows learns
+speaks listens remembers forgets finds the a of in on with from under over between because while when
+where if so and but or not it we they you she he
+"""
 
 
 def stand_in_settings(directory: Path) -> ModelSettings:
@@ -84,7 +90,7 @@ def _build_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
-        [f" {word}" for word in _WORDS],
+        [f" {word}" for word in _VOCABULARY.split()],
         trainers.BpeTrainer(
             vocab_size=2048,
             min_frequency=1,
@@ -108,7 +114,7 @@ def _build_weights(tokenizer: Tokenizer) -> dict[str, Weights]:
     vocab_size = tokenizer.get_vocab_size()
     key_value_size = _HIDDEN_SIZE // _NUM_HEADS * _NUM_KEY_VALUE_HEADS
     head = np.zeros((vocab_size, _HIDDEN_SIZE), dtype=np.float32)
-    spoken = [tokenizer.encode(f" {word}").ids[0] for word in _WORDS]
+    spoken = [tokenizer.encode(f" {word}").ids[0] for word in _VOCABULARY.split()]
     head[spoken] = matrix(len(spoken), _HIDDEN_SIZE, scale=4.0)  # only whole words, never half a character
     weights = {
         "model.embed_tokens.weight": matrix(vocab_size, _HIDDEN_SIZE, scale=_HIDDEN_SIZE**0.5),

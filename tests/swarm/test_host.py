@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from petals_chat.swarm.families import supported_model_types
+from petals_chat.swarm.host_options import HostReady
+from tests.swarm_processes import HostProcess, running_host
+from tests.tiny_models import KINDS, greedy_tokens, load_reference
+
+HARDEST_KINDS = {kind.model_type: name for name, kind in KINDS.items()}
+"""For each family the last of its kinds, the one that differs most from the others."""
+PROMPTS = [
+    [(seed * i * i + 31 * i) % 512 for i in range(length)] for seed, length in ((7, 40), (3, 5), (11, 150))
+]
+NEW_TOKENS = 24
+
+AskClient = Callable[..., list[list[int]]]
+
+
+@pytest.fixture(scope="module")
+def ask() -> Iterator[AskClient]:
+    """Greedy tokens for each prompt, from a client process of Petals' own parts."""
+    client = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "tests.swarm.greedy_client"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert client.stdin is not None
+    assert client.stdout is not None
+
+    def ask_client(
+        model: Path, host: HostReady, prompts: list[list[int]], chunk: int = 512, adapter: str | None = None
+    ) -> list[list[int]]:
+        request = {
+            "model": str(model),
+            "peers": host.peers,
+            "dht_prefix": host.dht_prefix,
+            "prompts": prompts,
+            "new_tokens": NEW_TOKENS,
+            "chunk": chunk,
+            "adapter": adapter,
+        }
+        client.stdin.write(json.dumps(request) + "\n")
+        client.stdin.flush()
+        tokens: list[list[int]] = json.loads(client.stdout.readline())
+        return tokens
+
+    yield ask_client
+    client.stdin.close()
+    assert client.wait(30) == 0
+    client.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def chains(tiny_model: Callable[[str], Path]) -> Iterator[dict[str, HostReady]]:
+    """For each family a swarm of two hosts, with blocks 0:2 and 2:4; the first host's address."""
+    with contextlib.ExitStack() as stack:
+        models = {kind: tiny_model(kind) for kind in HARDEST_KINDS.values()}
+        firsts = {
+            kind: stack.enter_context(_starting(model, "--blocks=0:2")) for kind, model in models.items()
+        }
+        ready = {kind: host.wait_until_ready() for kind, host in firsts.items()}
+        seconds = [
+            stack.enter_context(_starting(models[kind], "--blocks=2:4", initial_peers=first.peers))
+            for kind, first in ready.items()
+        ]
+        for host in seconds:
+            host.wait_until_ready()
+        yield ready
+
+
+@contextlib.contextmanager
+def _starting(model: Path, *arguments: str, initial_peers: tuple[str, ...] = ()) -> Iterator[HostProcess]:
+    host = HostProcess(model, *arguments, initial_peers=initial_peers)
+    try:
+        yield host
+    finally:
+        host.release()
+
+
+@pytest.mark.parametrize("model_type", supported_model_types())
+def test_two_chained_hosts_generate_what_transformers_generates(
+    tiny_model: Callable[[str], Path], chains: dict[str, HostReady], ask: AskClient, model_type: str
+) -> None:
+    kind = HARDEST_KINDS[model_type]
+    model = load_reference(tiny_model(kind))
+    expected = [greedy_tokens(model, prompt, NEW_TOKENS) for prompt in PROMPTS]
+    assert ask(tiny_model(kind), chains[kind], PROMPTS, chunk=64) == expected
+
+
+def test_one_host_serves_many_sessions_at_once(
+    tiny_model: Callable[[str], Path], tmp_path: Path, ask: AskClient
+) -> None:
+    directory = tiny_model("qwen3_wide_head")
+    model = load_reference(directory)
+    prompts = [prompt[shift:] for prompt in PROMPTS for shift in (0, 1, 2)]
+    expected = [greedy_tokens(model, prompt, NEW_TOKENS) for prompt in prompts]
+    adapter = write_adapter(tmp_path / "adapter", model)
+    with_adapter = [greedy_tokens(model, prompt, NEW_TOKENS) for prompt in prompts]
+    assert with_adapter != expected
+
+    with running_host(directory, f"--adapters={adapter}") as host:
+        assert ask(directory, host, prompts) == expected
+        assert ask(directory, host, prompts, adapter=str(adapter)) == with_adapter
+
+
+def write_adapter(directory: Path, model: Any) -> Path:
+    """Write a LoRA adapter as PEFT does, and merge it into ``model``."""
+    rank, alpha, tensors = 4, 8, {}
+    generator = torch.Generator().manual_seed(3)
+    for index, layer in enumerate(model.model.layers):
+        for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"):
+            weight = layer.get_submodule(name).weight
+            down = torch.randn(rank, weight.shape[1], generator=generator) * 0.1
+            up = torch.randn(weight.shape[0], rank, generator=generator) * 0.1
+            prefix = f"base_model.model.model.layers.{index}.{name}"
+            tensors |= {f"{prefix}.lora_A.weight": down, f"{prefix}.lora_B.weight": up}
+            weight.data += alpha / rank * up @ down
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": ["q_proj", "v_proj"]}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_the_ready_line_says_what_is_served_and_where(
+    tiny_model: Callable[[str], Path], chains: dict[str, HostReady]
+) -> None:
+    ready = chains["llama31"]
+    assert (ready.start, ready.end, ready.num_blocks) == (0, 2, 4)
+    assert (ready.dtype, ready.device) == ("float32", "cpu")
+    assert ready.dht_prefix == "tiny-llama31-v1-hf"
+    assert ready.peers[0].startswith("/ip4/127.0.0.1/tcp/")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port: int = listening.getsockname()[1]
+        return port
+
+
+def test_a_host_stops_on_signals_and_comes_back_at_the_same_address(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    arguments = [f"--port={free_port()}", f"--identity={tmp_path}/keys/host.id"]
+    addresses = set()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with _starting(tiny_model("llama"), *arguments) as host:
+            addresses.add(host.wait_until_ready().peers)
+            assert len(host.family()) >= 4  # itself, the DHT process, p2pd, a handler
+            host.send(number)
+            assert host.wait() == 0
+            assert host.stderr() == ""
+            assert host.survivors() == []
+    assert len(addresses) == 1
+
+
+def test_nothing_is_left_of_a_host_that_is_killed(tiny_model: Callable[[str], Path]) -> None:
+    with _starting(tiny_model("llama")) as host:
+        host.wait_until_ready()
+        assert len(host.family()) >= 4
+        host.send(signal.SIGKILL)
+        host.wait()
+        assert host.survivors() == []
+
+
+def test_a_host_whose_p2pd_dies_ends_with_an_error(tiny_model: Callable[[str], Path]) -> None:
+    with _starting(tiny_model("llama")) as host:
+        host.wait_until_ready()
+        for process in host.family():
+            if process.name() == "p2pd":
+                process.kill()
+        assert host.process.wait(15) == 1
+        assert "the process that connects this host to its swarm has ended" in host.stderr()
+        assert host.survivors() == []
+
+
+@pytest.mark.parametrize("processes", [1, 3], ids=["while it imports", "while it joins the swarm"])
+def test_a_host_can_be_stopped_while_it_starts(tiny_model: Callable[[str], Path], processes: int) -> None:
+    with _starting(tiny_model("llama")) as host:
+        time.sleep(1)  # Python itself has started
+        while len(host.family()) < processes:
+            time.sleep(0.01)
+        host.send(signal.SIGTERM)
+        assert host.wait() == 0
+        assert host.read_ready_line() is None
+        assert host.stderr() == ""
+        assert host.survivors() == []
+
+
+def test_a_parent_reads_why_a_host_cannot_start(tmp_path: Path) -> None:
+    with _starting(tmp_path / "nowhere") as host:
+        line = host.read_ready_line()
+        assert line is not None
+        assert line["error"]["code"] == "invalid_configuration"
+        assert "nowhere does not exist" in line["error"]["message"]
+        assert host.wait() != 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{llama}"], "one of the arguments --new-swarm --initial-peers --public is required"),
+        (["{llama}", "--new-swarm", "--public"], "not allowed with"),
+        (["/no/such/directory", "--new-swarm"], "/no/such/directory does not exist"),
+        (["{other}", "--new-swarm"], "cannot serve models of type 'gpt_neox'"),
+        (["{llama}", "--new-swarm", "--blocks=2:9"], "--blocks 2:9: the model has blocks 0:4"),
+        (["{llama}", "--new-swarm", "--blocks=all"], "'all' is not like 0:4"),
+        (["{llama}", "--new-swarm", "--address=localhost"], "'localhost' is not an IP address"),
+        (["{llama}", "--new-swarm", "--address=127.0.0.1", "--port={port}"], "Address already in use"),
+        (["{llama}", "--initial-peers", "example.org"], "'example.org' is not like /ip4/"),
+        (["{llama}", "--new-swarm", "--cache-tokens=0"], "'0' is not a number greater than 0"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_with_the_reason(
+    tiny_model: Callable[[str], Path], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "gpt_neox", "num_hidden_layers": 2}')
+    save_file({"weight": torch.zeros(1)}, other / "model.safetensors")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        values = {"llama": tiny_model("llama"), "other": other, "port": listening.getsockname()[1]}
+        result = _run_host(*(argument.format(**values) for argument in arguments))
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--new-swarm", "--quantization=nf4"], "blocks can be quantised on a CUDA device only"),
+        (["--new-swarm", "--identity={llama}/config.json"], "this is no key"),
+        (
+            [
+                "--initial-peers",
+                "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWDf3X6jWcvvVjk4FmRsxxjNdjVzKbZBtkpph67men6VX4",
+            ],
+            "none of the initial peers can be reached",
+        ),
+    ],
+)
+def test_what_shows_late_is_refused_as_clearly(
+    tiny_model: Callable[[str], Path], arguments: list[str], message: str
+) -> None:
+    model = tiny_model("llama")
+    result = _run_host(str(model), "--device=cpu", *(argument.format(llama=model) for argument in arguments))
+    assert result.returncode in (1, 2)
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_people_read_how_another_machine_joins(tiny_model: Callable[[str], Path]) -> None:
+    command = [sys.executable, "-m", "petals_chat", "host", str(tiny_model("llama")), "--new-swarm"]
+    with subprocess.Popen(
+        [*command, "--address=127.0.0.1", "--dtype=float32"], stdout=subprocess.PIPE, text=True
+    ) as host:
+        assert host.stdout is not None
+        lines = [host.stdout.readline() for _ in range(4)]
+        host.send_signal(signal.SIGINT)
+    assert host.returncode == 0
+    assert lines[0].startswith("Loading blocks 0:4 of ")
+    assert lines[1] == "Serving blocks 0:4 of 4. Ctrl-C stops.\n"
+    assert "--initial-peers /ip4/127.0.0.1/tcp/" in lines[3]
+
+
+def _run_host(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "petals_chat", "host", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "COLUMNS": "200"},
+    )
