@@ -31,7 +31,7 @@ def worker_started(max_session_length: int = 2048, num_blocks: int = 4) -> Worke
 
 
 def status_reported(*spans: tuple[int, int], tokens_generated: int = 0) -> StatusReported:
-    peers = tuple(SwarmPeer(f"peer{index}", *span, "ONLINE") for index, span in enumerate(spans))
+    peers = tuple(SwarmPeer(f"peer{index}", *span, "online") for index, span in enumerate(spans))
     return StatusReported(0, 0, tokens_generated, peers)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from playwright.async_api import Browser, async_playwright
 from petals_chat.gateway.app import create_app
 from petals_chat.settings import ChatSettings, LimitSettings, ModelSettings, ServerSettings, Settings
 from tests.asgi_server import running_server
+from tests.browser.build import build_page
 from tests.browser.chat_page import ChatPage, open_chat
 from tests.browser.line import Line
 from tests.fakes import FakeEngine
@@ -90,7 +90,7 @@ async def browser(chromium: Path) -> AsyncIterator[Browser]:
 
 @pytest.fixture(scope="session")
 def built_page() -> None:
-    subprocess.run(["make", "--silent", "web"], cwd=Path(__file__).parents[2], check=True)
+    build_page()
 
 
 @pytest.fixture

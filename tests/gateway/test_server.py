@@ -34,19 +34,7 @@ def test_messages_over_the_limit_reach_the_app_which_answers_them() -> None:
     ("log_level", "uvicorns"),
     [("debug", "INFO"), ("info", "WARNING"), ("warning", "WARNING"), ("error", "ERROR")],
 )
-def test_uvicorn_never_logs_frames_and_each_request_only_for_debugging(log_level: str, uvicorns: str) -> None:
+def test_uvicorn_logs_each_request_only_for_debugging(log_level: str, uvicorns: str) -> None:
     uvicorn_config(APP, settings_with(server={"log_level": log_level}))
     for logger in ("uvicorn.error", "uvicorn.access"):
         assert logging.getLevelName(logging.getLogger(logger).level) == uvicorns
-
-
-@pytest.mark.parametrize("logger", ["uvicorn.access", "uvicorn.error"])
-def test_query_strings_are_cut_out_of_what_uvicorn_logs(
-    logger: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    uvicorn_config(APP, settings_with(server={"log_level": "debug"}))
-    caplog.set_level("INFO", logger)
-    logging.getLogger(logger).handle(
-        logging.LogRecord(logger, logging.INFO, "", 0, "%s - %s %d", ("::1", "/a?inputs=secret", 200), None)
-    )
-    assert caplog.messages == ["::1 - /a 200"]

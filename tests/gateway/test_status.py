@@ -66,7 +66,7 @@ async def test_status_of_a_model_that_loads_has_nothing_to_say(gateway: Gateway)
 
 
 async def test_an_infinite_throughput_is_no_number_in_json(gateway: Gateway) -> None:
-    peer = SwarmPeer("peer", 0, 4, "ONLINE", throughput=float("inf"))
+    peer = SwarmPeer("peer", 0, 4, "online", throughput=float("inf"))
     gateway.engine.statuses["org/model"] = ModelStatus(
         ModelState.READY, worker=worker_started(), report=StatusReported(0, 0, 0, (peer,))
     )

@@ -15,6 +15,7 @@ from petals_chat.engine.interface import Engine
 from petals_chat.gateway.admission import LimitedEngine
 from petals_chat.gateway.error_responses import ErrorResponses
 from petals_chat.gateway.http_v1 import HttpV1
+from petals_chat.gateway.log_privacy import keep_texts_out_of_uvicorns_log
 from petals_chat.gateway.models import ModelRegistry
 from petals_chat.gateway.pages import Pages
 from petals_chat.gateway.sessions_v1 import SessionRegistry
@@ -42,6 +43,7 @@ def create_app(
     Raises:
         ConfigurationError: there are no models.
     """
+    keep_texts_out_of_uvicorns_log()
     models = ModelRegistry(settings.models)
     errors = ErrorResponses(debug=settings.server.debug_tracebacks)
     limited_engine = LimitedEngine(engine, settings.limits)

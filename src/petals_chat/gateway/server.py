@@ -5,8 +5,6 @@ It leaves handlers and formats of the log to whoever starts the process.
 
 from __future__ import annotations
 
-import logging
-
 import uvicorn
 from starlette.types import ASGIApp
 
@@ -19,31 +17,12 @@ would not send. What is larger than this, uvicorn ends in the middle (close code
 SHUTDOWN_SECONDS = 2
 """How long requests may go on after Ctrl-C or SIGTERM."""
 
-# The access log comes with "debug". uvicorn's own debugging would write every frame's text into the log.
+# One line per request comes with "debug"; uvicorn's own debugging is about its insides.
 _UVICORN_LOG_LEVELS = {"debug": "info", "info": "warning", "warning": "warning", "error": "error"}
-
-
-class _WithoutQueryStrings(logging.Filter):
-    """Cuts query strings out of logged paths: in API v1 they may be the prompt."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if isinstance(record.args, tuple):
-            record.args = tuple(
-                argument.partition("?")[0]
-                if isinstance(argument, str) and argument.startswith("/")
-                else argument
-                for argument in record.args
-            )
-        return True
-
-
-_without_query_strings = _WithoutQueryStrings()
 
 
 def uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
     """The configuration with which ``uvicorn.Server`` serves the app."""
-    for name in ("uvicorn.access", "uvicorn.error"):
-        logging.getLogger(name).addFilter(_without_query_strings)
     return uvicorn.Config(
         app,
         host=settings.server.host,

@@ -183,7 +183,7 @@ class StatusPages:
 
 
 def _block_statuses(status: ModelStatus, peers: tuple[SwarmPeer, ...]) -> Iterator[BlockStatus]:
-    online = [peer for peer in peers if peer.state.lower() == "online"]
+    online = [peer for peer in peers if peer.state == "online"]
     for block in range(status.worker.num_blocks if status.worker else 0):
         yield BlockStatus(block=block, num_peers=sum(peer.start <= block < peer.end for peer in online))
 

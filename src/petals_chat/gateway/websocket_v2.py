@@ -151,6 +151,7 @@ class _Connection:
     async def _generate(self, request: GenerationRequest) -> None:
         assert self._session is not None
         finish_reason = None
+        following: list[Action] = []  # to be done when the engine's iterator has ended
         try:
             async with (
                 deadline(self._limits.request_timeout_seconds),
@@ -158,19 +159,15 @@ class _Connection:
             ):
                 async for chunk in chunks:
                     finish_reason = chunk.finish_reason
-                    await self._perform_sends(self._protocol.chunk_generated(chunk))
-        except PetalsChatError as error:
-            self._put(self._protocol.failed(error))
-        else:
+                    for action in self._protocol.chunk_generated(chunk):
+                        if isinstance(action, SendFrame):
+                            await self._send(action.text)
+                        else:
+                            following.append(action)
             assert finish_reason is not None, "the engine ended a generation without a reason"
-
-    async def _perform_sends(self, actions: Iterable[Action]) -> None:
-        """Send the frames now, and leave what follows them for when the engine's iterator has ended."""
-        for action in actions:
-            if isinstance(action, SendFrame):
-                await self._send(action.text)
-            else:
-                self._actions.put_nowait(action)
+        except PetalsChatError as error:
+            following = self._protocol.failed(error)
+        self._put(following)
 
     async def _send(self, text: str) -> None:
         try:
