@@ -4,15 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup run test lint format bench clean
+.PHONY: setup run test lint format web clean
 
 setup: $(VENV)/.installed
 
-run: setup
+run: setup web
 	$(BIN)/petals-chat serve $(ARGS)
 
-test: setup $(VENV)/.installed-dev
+test: setup $(VENV)/.installed-dev web
 	$(BIN)/python -m pytest $(ARGS)
+
+# The page has nothing to compile: it is put where the package looks for it.
+web:
+	@mkdir -p src/petals_chat/web
+	@cp frontend/* src/petals_chat/web/
 
 lint: setup $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

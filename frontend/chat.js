@@ -16,12 +16,14 @@
  * @property {Model} model
  */
 
-import { nextQuestion, visibleText, wholeChat } from "./prompts.js";
+import { nextQuestion, visibleText, wholeChat, withoutStopText } from "./prompts.js";
 import { Session, SessionError } from "./session.js";
 
 const LONGEST_BACK_OFF_SECONDS = 15;
 const MOST_RECONNECTIONS = 8;
 const LOADING_POLL_SECONDS = 3;
+/** The codes of errors that pass by themselves: a new session will do. */
+const RECONNECTABLE = ["connection_lost", "model_loading", "session_expired"];
 
 export class Chat {
   /** @type {Turn[]} */
@@ -49,13 +51,15 @@ export class Chat {
     /** @type {Turn} */
     const turn = { question, answer: "", state: "answering", error: null, model };
     this.#turns.push(turn);
-    return this.#answer(turn, this.#continuation(turn));
+    return this.#answer(turn, this.#continuation(turn), RECONNECTABLE);
   }
 
   /** Go on with the last turn after it failed. @param {Turn} turn @param {Model} model */
   retry(turn, model) {
     turn.model = model;
-    return this.#answer(turn, null);
+    // A worker that was lost may need a moment to be back. Only people ask for that: it may be their question
+    // that ends it each time.
+    return this.#answer(turn, null, [...RECONNECTABLE, "worker_lost"]);
   }
 
   /** Take the last turn back. @param {Turn} turn */
@@ -86,43 +90,49 @@ export class Chat {
     return fits && previous ? nextQuestion(previous.answer, turn.question, turn.model.chat) : null;
   }
 
-  /** @param {Turn} turn @param {string | null} continuation */
-  async #answer(turn, continuation) {
+  /** @param {Turn} turn @param {string | null} continuation @param {string[]} retryable Error codes. */
+  async #answer(turn, continuation, retryable) {
     const { signal } = (this.#stopper = new AbortController());
-    let attempt = 0;
-    for (;;) {
-      this.#update(turn, "answering", null);
+    this.#update(turn, "answering", null);
+    for (let attempt = 0; ; ) {
       try {
         const inputs = continuation ?? this.#openSession(turn);
         await this.#session?.generate(inputs, (outputs) => {
           attempt = 0;
           turn.answer += outputs;
-          this.#tell(turn);
+          this.#update(turn, "answering", null);
         });
-        this.#stopper = null;
-        return this.#update(turn, "finished", null);
+        return this.#end(turn, "finished", null);
       } catch (error) {
         if (!(error instanceof SessionError)) throw error;
         this.#closeSession();
         continuation = null;
-        const delay = retryDelaySeconds(error.code, attempt++);
-        if (!signal.aborted && delay !== null) {
+        if (!signal.aborted) {
+          const delay = retryable.includes(error.code) ? retryDelaySeconds(error.code, attempt++) : null;
+          if (delay === null) return this.#end(turn, "failed", error.code);
           this.#update(turn, "waiting", error.code);
           await sleep(delay, signal);
         }
-        if (signal.aborted || delay === null) {
-          if (this.#stopper?.signal === signal) this.#stopper = null;
-          return this.#update(turn, signal.aborted ? "stopped" : "failed", signal.aborted ? null : error.code);
-        }
+        if (signal.aborted) return this.#end(turn, "stopped", null);
       }
     }
+  }
+
+  /** @param {Turn} turn @param {Turn["state"]} state @param {string | null} error */
+  #end(turn, state, error) {
+    this.#stopper = null;
+    this.#update(turn, state, error);
   }
 
   /** A new session, and the text of the chat for it. @param {Turn} turn */
   #openSession(turn) {
     this.#closeSession();
     this.#session = new Session(turn.model);
-    return wholeChat(this.#turns, turn.model.chat);
+    const exchanges = this.#turns.map(({ question, answer, model }) => ({
+      question,
+      answer: withoutStopText(answer, model.chat),
+    }));
+    return wholeChat(exchanges, turn.model.chat);
   }
 
   #closeSession() {
@@ -134,11 +144,7 @@ export class Chat {
   #update(turn, state, error) {
     turn.state = state;
     turn.error = error;
-    this.#tell(turn);
-  }
-
-  /** A turn that was forgotten still has to end, but that is nobody's business. @param {Turn} turn */
-  #tell(turn) {
+    // A turn that was forgotten still has to end, but that is nobody's business.
     if (this.#turns.includes(turn)) this.#changed(turn);
   }
 }
@@ -156,8 +162,7 @@ export function textOf(turn) {
  */
 function retryDelaySeconds(code, attempt) {
   if (code === "model_loading") return LOADING_POLL_SECONDS;
-  const lost = code === "connection_lost" || code === "session_expired";
-  return lost && attempt < MOST_RECONNECTIONS ? Math.min(0.5 * 2 ** attempt, LONGEST_BACK_OFF_SECONDS) : null;
+  return attempt < MOST_RECONNECTIONS ? Math.min(0.5 * 2 ** attempt, LONGEST_BACK_OFF_SECONDS) : null;
 }
 
 /** @param {number} seconds @param {AbortSignal} signal Ends it early. */

@@ -2,8 +2,8 @@
 /**
  * How a chat becomes text for the model, and how the model's text becomes what people see.
  *
- * Pure functions: they know neither the page nor the network. An answer is kept exactly as the model wrote it,
- * stop text included, because the model's context has it like that too.
+ * Pure functions: they know neither the page nor the network. An "answer" is exactly what the model wrote, with
+ * its stop text, unless it says otherwise: the model's context has it like that too.
  *
  * @typedef {object} ChatFormat How a model wants its chats worded.
  * @property {string} sep_token Stands between the turns.
@@ -13,7 +13,7 @@
  *
  * @typedef {object} Exchange
  * @property {string} question
- * @property {string} answer
+ * @property {string} answer Without stop text.
  */
 
 const INTRODUCTION =
@@ -29,9 +29,7 @@ const INTRODUCTION =
  */
 export function wholeChat(exchanges, format) {
   const separator = separatorOf(format);
-  const turns = exchanges.map(
-    ({ question, answer }) => turn(question, separator) + withoutStopText(answer, format),
-  );
+  const turns = exchanges.map(({ question, answer }) => turn(question, separator) + answer);
   return [INTRODUCTION, ...turns].join(separator);
 }
 
@@ -59,6 +57,12 @@ export function visibleText(answer, format, complete) {
   return (complete ? text : withoutBeginningOfStopText(text, format)).trim();
 }
 
+/** @param {string} text @param {ChatFormat} format */
+export function withoutStopText(text, format) {
+  const found = stopTexts(format).find((stopText) => text.endsWith(stopText));
+  return found ? text.slice(0, -found.length) : text;
+}
+
 /** @param {string} question @param {string} separator */
 function turn(question, separator) {
   return `Human: ${question}${separator}Assistant:`;
@@ -72,12 +76,6 @@ function separatorOf(format) {
 /** @param {ChatFormat} format */
 function stopTexts(format) {
   return [format.stop_token, ...format.extra_stop_sequences];
-}
-
-/** @param {string} text @param {ChatFormat} format */
-function withoutStopText(text, format) {
-  const found = stopTexts(format).find((stopText) => text.endsWith(stopText));
-  return found ? text.slice(0, -found.length) : text;
 }
 
 /** @param {string} text @param {ChatFormat} format */

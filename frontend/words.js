@@ -10,6 +10,7 @@ const WAITING = {
   connection_lost: "The connection to the server was lost. Trying to reach it again…",
   session_expired: "The server has forgotten this chat. Telling it again…",
   model_loading: "The model is still loading. The answer comes as soon as it is ready…",
+  worker_lost: "The program that runs this model is being started again. The answer comes as soon as it is ready…",
 };
 
 /** @type {Record<string, string>} */

@@ -84,6 +84,12 @@ class HostProcess:
         _, alive = psutil.wait_procs([*set(self._seen), *others], timeout=timeout_seconds)
         return [str(process) for process in alive]
 
+    def catches(self, number: signal.Signals) -> bool:
+        """Whether the host has got so far that it handles the signal (Linux)."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+        return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
     def send(self, number: signal.Signals) -> None:
         """Send a signal to the host alone."""
         self.process.send_signal(number)

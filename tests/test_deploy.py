@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shlex
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -23,13 +25,14 @@ from fastapi import FastAPI
 from websockets.asyncio.client import ClientConnection, connect
 
 from petals_chat.gateway.app import create_app
-from petals_chat.settings import ModelSettings, ServerSettings, Settings
+from petals_chat.settings import ModelSettings, ServerSettings, Settings, load_settings
 from tests.asgi_server import running_server
 from tests.browser.build import build_page
 from tests.fakes import FakeEngine
 from tests.gateway.gateways import until
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
+DOCUMENT = (DEPLOY.parent / "docs" / "deployment.md").read_text(encoding="utf-8")
 SITE = (DEPLOY / "nginx.conf").read_text(encoding="utf-8")
 MODELS = (
     ModelSettings(key="org/model", repository="org/model", name="Model"),
@@ -164,6 +167,7 @@ async def deployment(
     async with running_server(create_app(settings, engine), settings) as address:
         site = re.sub(r"listen (\[::\]:)?(80|443)\b", f"listen \\g<1>{port}", site)
         site = site.replace("http://127.0.0.1:5000", f"http://{address}")
+        site = site.replace("/var/log/nginx/petals-chat.log", str(directory / "access.log"))
         (directory / "site.conf").write_text(site)
         conf = directory / "nginx.conf"
         conf.write_text(NGINX_CONF.format(directory=directory))
@@ -259,6 +263,15 @@ async def test_nginx_takes_a_message_of_the_largest_size_allowed_and_no_more(tmp
         assert larger.status_code == 413
 
 
+async def test_nginx_does_not_log_what_people_ask(tmp_path: Path) -> None:
+    async with deployment(plain_site(), tmp_path) as site:
+        query = {"inputs": "a secret", "max_new_tokens": "1"}
+        assert (await site.http.post(f"{site.url}/api/v1/generate", params=query)).json()["ok"]
+    log = (tmp_path / "access.log").read_text()
+    assert '"POST /api/v1/generate" 200' in log
+    assert "secret" not in log
+
+
 def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
     analyze = program("systemd-analyze", always_in_ci=False)
     unit = tmp_path / "petals-chat.service"
@@ -269,31 +282,32 @@ def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
-async def test_gunicorn_serves_with_our_worker_class(tmp_path: Path) -> None:
-    pytest.importorskip("gunicorn", reason="the extra gunicorn is not installed")
+@pytest.mark.parametrize("server", ["uvicorn", "gunicorn"])
+async def test_the_documented_command_of_the_asgi_server_works(server: str, tmp_path: Path) -> None:
+    pytest.importorskip(server, reason=f"{server} is not installed")
     port = free_port()
-    command = (
-        *(sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", "--no-control-socket"),
-        *("-k", "petals_chat.gunicorn_worker.Worker", "tests.test_deploy:create_fake_app()"),
-    )
+    line = re.search(rf"^{server} --.*$", DOCUMENT, re.MULTILINE)
+    assert line
+    command = shlex.split(line[0].replace("petals_chat.asgi:create_app", "tests.test_deploy:create_fake_app"))
+    command = [word.replace("5000", str(port)) for word in command]
     async with (
-        running(*command, port=port, directory=tmp_path) as process,
+        running(sys.executable, "-m", *command, port=port, directory=tmp_path) as process,
         connect(f"ws://127.0.0.1:{port}/api/v2/generate") as connection,
     ):
-        assert connection.protocol.extensions == []  # compression would cost more than it saves
+        assert connection.protocol.extensions == []  # compressing single tokens would only cost time
         assert await exchange(connection, opening()) == {"ok": True}
         reply = await exchange(connection, {"type": "generate", "inputs": "Hi", "max_new_tokens": 2})
         assert reply["outputs"] == " t0 t1"
         process.terminate()
         async with asyncio.timeout(20):
             await connection.wait_closed()
-            assert await process.wait() == 0
+            assert await process.wait() in (0, -signal.SIGTERM)
 
 
 async def test_gunicorn_is_told_that_one_worker_is_right() -> None:
     pytest.importorskip("gunicorn", reason="the extra gunicorn is not installed")
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "gunicorn", "--bind", "127.0.0.1:0", "--workers", "2", "--no-control-socket"),
+        *(sys.executable, "-m", "gunicorn", "--bind", "127.0.0.1:0", "--workers", "2"),
         *("-k", "petals_chat.gunicorn_worker.Worker", "tests.test_deploy:create_fake_app()"),
         stdout=PIPE,
         stderr=STDOUT,
@@ -302,6 +316,18 @@ async def test_gunicorn_is_told_that_one_worker_is_right() -> None:
         output, _ = await process.communicate()
     assert b"--workers 1" in output
     assert process.returncode != 0
+
+
+@pytest.mark.parametrize("text", re.findall(r"```toml\n(.*?)```", DOCUMENT, re.DOTALL))
+def test_every_documented_configuration_is_valid(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "petals-chat.toml"
+    file.write_text(text, encoding="utf-8")
+    load_settings(file, environment={})
+
+
+def test_every_file_of_the_folder_is_documented() -> None:
+    for file in DEPLOY.iterdir():
+        assert f"deploy/{file.name}" in DOCUMENT or file.suffix == ".dockerignore"
 
 
 def test_the_image_has_the_same_petals_as_every_installation() -> None:

@@ -41,7 +41,14 @@ MODELS = (
         chat=ChatSettings(max_session_length=2048),
     ),
     ModelSettings(
-        key="swarm/falcon", repository="swarm/falcon", name="Falcon (180B)", family="Falcon", public_api=False
+        key="swarm/falcon",
+        repository="swarm/falcon",
+        name="Falcon (180B)",
+        family="Falcon",
+        public_api=False,
+        chat=ChatSettings(
+            max_session_length=2048, sep_token="\n", stop_token="</s>", extra_stop_sequences=()
+        ),
     ),
 )
 

@@ -155,6 +155,16 @@ async def test_an_answer_that_broke_off_is_continued_where_it_was(chat: ChatPage
     assert engine.requests[-1].inputs == f"{INTRODUCTION}###Human: A tale?###Assistant: {so_far}"
 
 
+async def test_trying_again_waits_for_what_is_being_started(chat: ChatPage, engine: FakeEngine) -> None:
+    engine.open_error = WorkerLostError("swarm/beluga")
+    await chat.ask("Hello?")
+    await chat.try_again.click()
+    await expect(chat.outcomes).to_contain_text("The answer comes as soon as it is ready")
+    engine.open_error = None
+    engine.tokens = [" Hello.", "###"]
+    await expect(chat.answers).to_have_text("Hello.")
+
+
 async def test_a_question_without_an_answer_is_not_told_again(chat: ChatPage, engine: FakeEngine) -> None:
     engine.generate_error = AttentionCacheFullError()
     await chat.ask("Lost?")
@@ -262,10 +272,13 @@ async def test_another_model_goes_on_with_the_chat(chat: ChatPage, engine: FakeE
     await chat.ask("One?")
     await expect(chat.answers.last).to_have_text("First.")
     await chat.model.select_option("Falcon (180B)")
+    engine.tokens = [" Second.", "</s>"]
     await chat.ask("Two?")
-    await expect(chat.answers).to_have_text(["First.", "First."])
+    await expect(chat.answers).to_have_text(["First.", "Second."])
     assert [key for key, _ in engine.opened] == ["swarm/beluga", "swarm/falcon"]
-    assert (engine.requests[-1].inputs or "").startswith(f"{INTRODUCTION}###Human: One?###Assistant: First.")
+    assert engine.requests[-1].inputs == (
+        f"{INTRODUCTION}\nHuman: One?\nAssistant: First.\nHuman: Two?\nAssistant:"
+    )
 
 
 @pytest.mark.parametrize(

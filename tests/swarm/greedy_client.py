@@ -89,8 +89,20 @@ def answer(request: dict[str, Any]) -> list[list[int]]:
         dht.join(5)
 
 
+def disarm_destructor() -> None:
+    """Keep Petals' client from waiting for itself.
+
+    A session whose server has gone first cannot be closed in order; its destructor tries again and waits for
+    hivemind's event loop, also when the garbage collector calls it in the very thread of that loop.
+    """
+    from petals.client.inference_session import _ServerInferenceSession
+
+    del _ServerInferenceSession.__del__
+
+
 if __name__ == "__main__":
     compat.install()
+    disarm_destructor()
     torch.set_num_threads(1)
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)

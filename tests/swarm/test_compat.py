@@ -84,7 +84,7 @@ def test_another_petals_or_none_is_refused_with_the_command_that_helps(
 
     monkeypatch.setattr(compat, "_installed", False)
     monkeypatch.setattr(importlib.metadata, "version", find_version)
-    with pytest.raises(ConfigurationError, match="pip install --no-deps petals==2.2.0.post1"):
+    with pytest.raises(ConfigurationError, match=r"pip install --no-deps petals==2\.2\.0\.post1"):
         compat.install()
 
 

@@ -32,7 +32,7 @@ def run_blocks(directory: Path, hidden_states: torch.Tensor, pieces: list[int]) 
     for index in range(checkpoint.num_blocks):
         block = load_block(checkpoint, index, config, torch.float32)
         outputs, past = [], None
-        for piece in hidden_states.split(pieces, dim=1):
+        for piece in torch.split(hidden_states, pieces, dim=1):
             output, past = block(piece, layer_past=past, use_cache=True)
             outputs.append(output)
         hidden_states = torch.cat(outputs, dim=1)

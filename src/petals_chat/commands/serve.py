@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import socket
 
 import uvicorn
@@ -64,7 +65,7 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise ConfigurationError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}. "
+            f"cannot listen on {host} port {port}: {os.strerror(error.errno) if error.errno else error}. "
             "Choose another with --port, or server.host and server.port in the configuration"
         ) from error
 
@@ -73,4 +74,4 @@ def _url(listening: socket.socket, root_path: str) -> str:
     host, port = listening.getsockname()[:2]
     if host in ("127.0.0.1", "::1", "0.0.0.0", "::"):  # noqa: S104 - compared, not bound to
         host = "localhost"
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}{root_path}"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}{root_path + '/' if root_path else ''}"

@@ -91,7 +91,11 @@ class WorkerConnection:
     async def open_session(self, session_id: str, max_length: int) -> None:
         """Open a session under an id of the caller's choice."""
         request_id = next(self._request_ids)
-        await self._ask(OpenSession(request_id, session_id, max_length), request_id)
+        try:
+            await self._ask(OpenSession(request_id, session_id, max_length), request_id)
+        except asyncio.CancelledError:
+            self._send(CloseSession(next(self._request_ids), session_id))  # nobody will own it
+            raise
 
     async def close_session(self, session_id: str) -> None:
         """Close a session; returns when its memory is free, or the worker is gone."""

@@ -55,9 +55,11 @@ class ChildProcess:
         return code
 
     async def stop(self) -> None:
-        """End it: by closing its standard input, then by SIGKILL. Waits until it is gone."""
+        """End it, in order if it does so in time, else at once. Waits until it is gone."""
         assert self._process.stdin is not None
         self._process.stdin.close()
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
         try:
             async with asyncio.timeout(STOP_TIMEOUT_SECONDS):
                 await self._process.wait()

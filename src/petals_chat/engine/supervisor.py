@@ -174,11 +174,11 @@ class _ServedModel:
     async def _run_worker(self) -> NoReturn:
         """Start the worker and attend to it until it ends, which always raises."""
         ours, theirs = socket.socketpair()
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
         with theirs:
             process = await ChildProcess.start(
                 WORKER_MODULE, str(theirs.fileno()), pass_fds=[theirs.fileno()]
             )
-        reader, writer = await asyncio.open_unix_connection(sock=ours)
         worker = WorkerConnection(self._model.key, reader, writer, self._receive_status)
         attending = asyncio.create_task(worker.run())
         ended = asyncio.create_task(process.wait())

@@ -108,13 +108,17 @@ class Worker:
 
     async def run(self, decoder: FrameDecoder) -> None:
         """Serve until the gateway closes the socket, then close all sessions."""
-        status = asyncio.create_task(self._report_status())
+        background = [
+            asyncio.create_task(self._report_status()),
+            asyncio.create_task(self._swarm.stay_joined()),
+        ]
         try:
             while data := await self._reader.read(READ_BYTES):
                 for body in decoder.feed(data):
                     self._execute(decode_command(body))
         finally:
-            status.cancel()
+            for task in background:
+                task.cancel()
             for generation in self._generations.values():
                 generation.cancel()
             closing = [asyncio.create_task(session.close()) for session in self._sessions.values()]
@@ -251,10 +255,9 @@ async def _serve(
     await swarm.refresh()
     reader, writer = await asyncio.open_unix_connection(sock=connection)
     writer.write(encode_frame(encode(started)))
-    await Worker(model, swarm, reader, writer).run(decoder)
+    with contextlib.suppress(ConnectionError):
+        await Worker(model, swarm, reader, writer).run(decoder)
     writer.close()
-    with contextlib.suppress(OSError):
-        await writer.wait_closed()
 
 
 def main() -> int:
@@ -274,8 +277,11 @@ def main() -> int:
         known = error if isinstance(error, PetalsChatError) else InternalError()
         if known is not error:
             logger.exception("the worker cannot start")
-        connection.sendall(encode_frame(encode(WorkerFailed(known.report()))))
+        with contextlib.suppress(OSError):  # the gateway has gone meanwhile
+            connection.sendall(encode_frame(encode(WorkerFailed(known.report()))))
         return 1
+    # Up to here SIGTERM ends the process at once; a worker that serves ends as if the gateway had gone.
+    signal.signal(signal.SIGTERM, lambda *_: connection.shutdown(socket.SHUT_RD))
     swarm.run(_serve(model, swarm, started, connection, decoder))
     model.batcher.close()
     swarm.close()

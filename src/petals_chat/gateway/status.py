@@ -53,6 +53,8 @@ class ServiceStatus(BaseModel):
     block_status: list[BlockStatus]
     block_coverage: float = Field(description="The part of the blocks that is served, from 0 to 1.")
     total_blocks: int = Field(description="0 as long as the model has not been loaded.")
+    open_sessions: int = Field(description="Inference sessions of all clients.")
+    running_generations: int = Field(description="Sessions in which text is being generated, or waits to be.")
     tokens_per_second: float = Field(description="Generated for all clients, over the last minute.")
     uptime_seconds: float = Field(description="Since the gateway started.")
 
@@ -158,6 +160,8 @@ class StatusPages:
                 block_status=blocks,
                 block_coverage=served / len(blocks) if blocks else 0.0,
                 total_blocks=len(blocks),
+                open_sessions=status.report.open_sessions if status.report else 0,
+                running_generations=status.report.running_generations if status.report else 0,
                 tokens_per_second=self._rates[key].per_second(),
                 uptime_seconds=now - self._started_at if self._started_at is not None else 0.0,
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import os
+import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -137,8 +138,11 @@ class SwarmSettings(Section):
 
 
 def _user_data_dir() -> Path:
-    home = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return Path(home).expanduser() / "petals-chat"
+    try:
+        home = Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser()
+    except RuntimeError:  # a service user without a home
+        home = Path(tempfile.gettempdir())
+    return home / "petals-chat"
 
 
 class EngineSettings(Section):
@@ -173,7 +177,7 @@ class GenerationDefaults(Section):
 
 
 class ChatSettings(Section):
-    """How a chat with the model is worded, for models without a chat template, and its limits."""
+    """How the page and the terminal chat word a conversation with the model, and its limits."""
 
     max_session_length: Annotated[int, Field(ge=16)] = 8192
     """Tokens of one session, prompt and answers together."""

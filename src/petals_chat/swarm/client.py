@@ -7,9 +7,11 @@ and stops them, and bridges their blocking calls to asyncio.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-from collections.abc import Coroutine
-from typing import Any, Literal, TypeVar
+import functools
+from collections.abc import Coroutine, Sequence
+from typing import Any, Literal, NoReturn, TypeVar
 
 from petals_chat.errors import SwarmUnreachableError
 from petals_chat.protocol.messages import SwarmPeer
@@ -18,9 +20,12 @@ from petals_chat.swarm import compat
 compat.install()
 
 from hivemind import DHT
+from hivemind.dht.node import DHTNode
 from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
+from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
 from hivemind.utils import MSGPackSerializer
+from hivemind.utils.multiaddr import Multiaddr
 from petals.client.config import ClientConfig
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.constants import PUBLIC_INITIAL_PEERS
@@ -30,6 +35,8 @@ from petals.server.handler import TransformerConnectionHandler
 from petals_chat.swarm.session import SwarmSession
 
 Result = TypeVar("Result")
+
+REJOIN_PERIOD_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +93,7 @@ class SwarmClient:
             dht=self._dht,
         )
         self._routing = SwarmRouting(self._manager)
+        self._initial_peers = peers
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run ``work`` in hivemind's event loop, where the swarm's sessions live; blocks until it is done."""
@@ -95,6 +103,19 @@ class SwarmClient:
     async def refresh(self) -> None:
         """Fetch the list of servers for the first time; later it is refreshed in the background."""
         await self._routing.refresh()
+
+    async def stay_joined(self) -> NoReturn:
+        """Look for the initial peers again while blocks are missing.
+
+        hivemind forgets peers that do not answer. When all were away for a while, a client knows nobody whom it
+        could ask, and would not notice that they are back.
+        """
+        while True:
+            await asyncio.sleep(REJOIN_PERIOD_SECONDS)
+            if self._routing.misses_blocks():
+                rejoin = functools.partial(_greet_peers, addresses=self._initial_peers)
+                if await asyncio.to_thread(self._dht.run_coroutine, rejoin):
+                    self._manager.update(wait=False)
 
     def open_session(self, max_length: int) -> SwarmSession:
         """A session with room for ``max_length`` tokens; servers are chosen and memory taken at its first step."""
@@ -181,9 +202,17 @@ class SwarmRouting:
         uids: str = CHAIN_DELIMITER.join(self._manager.block_uids[span.start : span.end])
         return uids
 
-    def note_failure(self, span: RemoteSpanInfo | None) -> None:
+    def note_failure(self, span: RemoteSpanInfo) -> None:
         """Avoid the server for a while; without servers left for a block, look for others."""
-        self._manager.on_request_failure(span.peer_id if span else None)
+        self._manager.on_request_failure(span.peer_id)
+        # Petals takes the server out of its list, but goes on choosing from spans that it computed before.
+        with self._manager.lock_changes:
+            info = self._manager.state.sequence_info
+            info.spans_by_priority, info.spans_containing_block = info._sort_spans(info.block_infos)
+
+    def misses_blocks(self) -> bool:
+        """Whether there is a block that no known server holds."""
+        return not all(self._manager.state.sequence_info.spans_containing_block)
 
     def note_success(self, span: RemoteSpanInfo) -> None:
         """Forget the server's failures."""
@@ -192,3 +221,18 @@ class SwarmRouting:
     def retry_delay(self, attempt: int) -> float:
         """Seconds to wait after the failed attempt number ``attempt``, counted from 0."""
         return float(self._manager.get_retry_delay(attempt))
+
+
+async def _greet_peers(_: DHT, node: DHTNode, *, addresses: Sequence[str]) -> int:
+    """Runs in hivemind's DHT process: put those peers that answer into its list; returns how many did."""
+
+    async def greet(address: Multiaddr) -> bool:
+        peer_id = PeerID.from_base58(address["p2p"])
+        with contextlib.suppress(Exception):
+            await node.protocol.p2p._client.connect(peer_id, [address])
+            if await node.protocol.call_ping(peer_id):
+                node.blacklist.register_success(peer_id)
+                return True
+        return False
+
+    return sum(await asyncio.gather(*(greet(Multiaddr(address)) for address in addresses)))

@@ -26,7 +26,7 @@ from petals_chat.errors import (
 )
 from petals_chat.models.checkpoint import open_checkpoint
 from petals_chat.swarm.families import family_of
-from petals_chat.swarm.host_options import HostOptions, HostReady
+from petals_chat.swarm.host_options import HostOptions, HostReady, Quantization
 from petals_chat.swarm.processes import descendants, kill
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 STOP_TIMEOUT_SECONDS = 2.5
 """How long leaving the swarm may take before everything is ended the hard way."""
+CHECK_PERIOD_SECONDS = 1.0
 
 
 def serve_host(options: HostOptions) -> int:
@@ -70,11 +71,11 @@ class _Host:
     def serve(self) -> int:
         worker = threading.Thread(target=self._work, daemon=True)
         worker.start()
-        self.stop.wait()
+        connected = self._wait_for_stop()
         if not self._options.debug:
             logging.disable(logging.CRITICAL)  # complaints of what is being taken apart
         started = descendants()
-        if self._server:
+        if self._server and connected:
             self._server.stop()
             worker.join(STOP_TIMEOUT_SECONDS)
         kill([*started, *descendants()])
@@ -85,6 +86,14 @@ class _Host:
         if self._error:
             raise self._error
         return 0
+
+    def _wait_for_stop(self) -> bool:
+        """Whether the host is still connected to its swarm, and can leave it in order."""
+        while not self.stop.wait(CHECK_PERIOD_SECONDS):
+            if self._server and not self._server.is_connected:
+                self._error = EngineError("the process that connects this host to its swarm has ended")
+                return False
+        return True
 
     def _work(self) -> None:
         try:
@@ -101,30 +110,37 @@ class _Host:
         _require_blocks(options.blocks, checkpoint.num_blocks)
         _require_free_port(options.address, options.port)
 
+        from petals_chat.head.precision import resolve_device
         from petals_chat.swarm import compat
 
+        device = resolve_device(options.device)
+        if options.quantization is not Quantization.NONE and device.type != "cuda":
+            raise ConfigurationError(
+                f"--quantization {options.quantization}: blocks can be quantised on a CUDA device only"
+            )
         compat.install()
         compat.log_to_stderr(debug=options.debug)
 
         from petals_chat.swarm.server import BlockServer, Stopped
 
-        self._server = server = BlockServer(options, checkpoint, family)
+        self._server = server = BlockServer(options, checkpoint, family, device)
         if self.stop.is_set():
             server.stop()
         self._say(f"Loading {server.description}")
         threading.Thread(target=self._attend, args=(server,), daemon=True).start()
-        with contextlib.suppress(Stopped):
-            server.run()
-        server.close()
+        try:
+            with contextlib.suppress(Stopped):
+                server.run()
+        finally:
+            server.close()
 
     def _attend(self, server: BlockServer) -> None:
-        """Tell when the server can be used, and end everything when it cannot any more."""
+        """Tell when the server can be used."""
         try:
             if server.wait_until_online():
-                self._report(server.ready)
-                self._introduce(server.ready)
-            if server.wait_until_broken():
-                raise EngineError("the process that connects this host to its swarm has ended")
+                ready = server.ready
+                self._report(ready)
+                self._introduce(ready)
         except Exception as error:
             self._error = self._error or error
             self.stop.set()
@@ -142,7 +158,8 @@ class _Host:
 
     def _say(self, line: str) -> None:
         if self._options.ready_fd is None:  # else a parent speaks for this process
-            print(line, flush=True)
+            with contextlib.suppress(BrokenPipeError):  # whoever read has read enough
+                print(line, flush=True)
 
     def _report(self, line: HostReady | dict[str, ErrorReport]) -> None:
         """Write the only line to ``ready_fd``."""

@@ -23,11 +23,11 @@ from petals.utils.convert_block import QuantType
 from petals.utils.dht import get_remote_module_infos
 
 from petals_chat.errors import ConfigurationError, SwarmUnreachableError
-from petals_chat.head.precision import resolve_device, resolve_dtype
+from petals_chat.head.precision import resolve_dtype
 from petals_chat.models.checkpoint import Checkpoint
 from petals_chat.swarm.backend import install_backend
 from petals_chat.swarm.families import Family, register
-from petals_chat.swarm.host_options import HostOptions, HostReady, Quantization
+from petals_chat.swarm.host_options import HostOptions, HostReady
 from petals_chat.swarm.naming import default_dht_prefix
 from petals_chat.swarm.tied import TiedDHT, TiedHandler
 
@@ -56,20 +56,17 @@ class BlockServer:
         SwarmUnreachableError: none of the initial peers answers.
     """
 
-    def __init__(self, options: HostOptions, checkpoint: Checkpoint, family: Family) -> None:
+    def __init__(
+        self, options: HostOptions, checkpoint: Checkpoint, family: Family, device: torch.device
+    ) -> None:
         self._stop = threading.Event()
         self._options, self._checkpoint = options, checkpoint
-        device = resolve_device(options.device)
         stored_dtype = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
         dtype = resolve_dtype(options.dtype, device, getattr(torch, str(stored_dtype), None))
-        if options.quantization is not Quantization.NONE and device.type != "cuda":
-            raise ConfigurationError(
-                f"--quantization {options.quantization}: blocks can be quantised on a CUDA device only"
-            )
         if options.threads:
             torch.set_num_threads(options.threads)
         if options.identity:
-            _require_identity(options.identity)
+            prepare_identity(options.identity)
         register(family)
         install_backend(checkpoint, self._before_block)
         public = options.initial_peers == "public"
@@ -132,6 +129,11 @@ class BlockServer:
             device=self._server.device.type,
         )
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether the process that talks to the swarm lives, unless it has been told to end."""
+        return self._stop.is_set() or bool(self._server.dht.is_alive())
+
     def run(self) -> None:
         """Load the blocks and serve them until `stop`.
 
@@ -148,6 +150,7 @@ class BlockServer:
 
     def close(self) -> None:
         """Leave the swarm, after `run` ended."""
+        self._stop.set()
         self._server.shutdown()
 
     def wait_until_online(self, poll_seconds: float = 0.05) -> bool:
@@ -155,13 +158,6 @@ class BlockServer:
         while not self._stop.wait(poll_seconds):
             container = self._server.module_container
             if container is not None and container.ready.is_set() and self._is_announced():
-                return True
-        return False
-
-    def wait_until_broken(self, poll_seconds: float = 1.0) -> bool:
-        """Wait until the process that talks to the swarm has ended; False if it lived until `stop`."""
-        while not self._stop.wait(poll_seconds):
-            if not self._server.dht.is_alive():
                 return True
         return False
 
@@ -212,8 +208,8 @@ def _private_swarm_options(options: HostOptions) -> dict[str, Any]:
     }
 
 
-def _require_identity(path: Path) -> None:
-    """Make the key in ``path`` if it is missing."""
+def prepare_identity(path: Path) -> None:
+    """Make the key in ``path`` if it is missing. Raises `ConfigurationError` if it cannot be used."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():

@@ -11,12 +11,11 @@ Sources: ``petals/client/inference_session.py`` and ``petals/server/handler.py``
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import re
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +26,7 @@ from petals_chat.swarm import compat
 compat.install()
 
 from hivemind.compression import deserialize_torch_tensor, serialize_torch_tensor
-from hivemind.p2p import P2P
+from hivemind.p2p import P2P, P2PHandlerError, PeerID
 from hivemind.proto import runtime_pb2
 from hivemind.utils import MSGPackSerializer
 from petals.client.routing.sequence_manager import MissingBlocksError as PetalsMissingBlocksError
@@ -64,7 +63,7 @@ class Routing(Protocol):
     def uids(self, span: RemoteSpanInfo) -> str:
         """The names of the blocks of ``span``."""
 
-    def note_failure(self, span: RemoteSpanInfo | None) -> None:
+    def note_failure(self, span: RemoteSpanInfo) -> None:
         """Avoid this server for a while."""
 
     def note_success(self, span: RemoteSpanInfo) -> None:
@@ -119,16 +118,11 @@ class SwarmSession:
         self, index: int, block: int, inputs: torch.Tensor, step_id: str
     ) -> torch.Tensor:
         for attempt in itertools.count():
-            span: RemoteSpanInfo | None = None
             try:
                 if attempt > 0 or index == len(self._servers):
                     await self._replace_servers(index, block)
-                span = self._servers[index].span
-                outputs = await self._servers[index].step(inputs, step_id, self._servers[index + 1 :])
-                self._routing.note_success(span)
-                return outputs
+                return await self._servers[index].step(inputs, step_id, self._servers[index + 1 :])
             except Exception as error:
-                self._routing.note_failure(span)
                 if attempt + 1 >= self._routing.max_attempts:
                     raise _translate(error) from error
                 delay = self._routing.retry_delay(attempt)
@@ -168,8 +162,7 @@ class _ServerSession:
         self._uids = routing.uids(span)
         self._session_id = str(uuid.uuid4())
         self._max_length = max_length
-        self._requests: asyncio.Queue[runtime_pb2.ExpertRequest] = asyncio.Queue()
-        self._responses: AsyncIterator[runtime_pb2.ExpertResponse] | None = None
+        self._stream: _Stream | None = None
         hidden_schema, *_ = schema
         self._dtype, self._compression = hidden_schema.dtype, hidden_schema.compression
         # Petals' servers take prompts and hypothesis ids beside hidden states; the dummies stand for none.
@@ -181,64 +174,122 @@ class _ServerSession:
     ) -> torch.Tensor:
         """Inputs [1, tokens, hidden_size] to outputs of the same shape.
 
-        ``followers`` that have begun get the outputs from this server directly, at the same time.
+        ``followers`` that have begun get the outputs from this server directly, at the same time. A failure is
+        noted, so that the next choice of servers avoids this one.
         """
+        try:
+            outputs = await self._step(inputs, step_id, followers)
+        except Exception:
+            self._routing.note_failure(self.span)
+            raise
+        self._routing.note_success(self.span)
+        self.past_inputs.append(inputs)
+        return outputs
+
+    async def _step(
+        self, inputs: torch.Tensor, step_id: str, followers: Sequence[_ServerSession]
+    ) -> torch.Tensor:
         metadata: dict[str, Any] = {
             "session_id": self._session_id,
             "step_id": step_id,
             "args_structure": self._structure,
         }
-        if self._responses is None:
-            metadata |= self._routing.request_metadata(self.span, self._uids)
+        if self._stream is None:
+            metadata = {**self._routing.request_metadata(self.span, self._uids), **metadata}
             metadata["max_length"] = self._max_length
-            metadata["args_structure"] = self._structure
+            self._stream = await self._connect()
         elif next_servers := list(itertools.takewhile(_ServerSession._has_begun, followers)):
             metadata["next_servers"] = [server._address() for server in next_servers]
         hidden = serialize_torch_tensor(inputs.to(self._dtype), self._compression)
-        self._requests.put_nowait(
-            runtime_pb2.ExpertRequest(
-                uid=self._uids,
-                tensors=[hidden, *self._other_tensors],
-                metadata=MSGPackSerializer.dumps(metadata),
-            )
-        )
-        if self._responses is None:
-            stub = TransformerConnectionHandler.get_stub(self._routing.p2p, self.span.peer_id)
-            async with asyncio.timeout(self._routing.connect_timeout):
-                self._responses = await stub.rpc_inference(self._take_requests())
         async with asyncio.timeout(self._routing.request_timeout):
-            response = await anext(self._responses)
+            await self._stream.send(
+                runtime_pb2.ExpertRequest(
+                    uid=self._uids,
+                    tensors=[hidden, *self._other_tensors],
+                    metadata=MSGPackSerializer.dumps(metadata),
+                )
+            )
+            response = await self._stream.receive()
         outputs: torch.Tensor = deserialize_torch_tensor(response.tensors[0])
         if outputs.shape != inputs.shape:
             raise ValueError(f"the server answered {tuple(inputs.shape)} with {tuple(outputs.shape)}")
-        self.past_inputs.append(inputs)
         return outputs
+
+    async def _connect(self) -> _Stream:
+        try:
+            async with asyncio.timeout(self._routing.connect_timeout):
+                return await _Stream.open(self._routing.p2p, self.span.peer_id)
+        except Exception as error:
+            raise _ServerUnreachable(self.span) from error
 
     async def close(self) -> None:
         """Tell the server that the session is over, and wait until it has freed its memory."""
-        if self._responses is None:
+        if self._stream is None:
             return
-        responses, self._responses = self._responses, None
-        self._requests.put_nowait(runtime_pb2.ExpertRequest())  # Petals' sign for the end
-        with contextlib.suppress(Exception):
+        stream, self._stream = self._stream, None
+        try:
             async with asyncio.timeout(CLOSE_TIMEOUT_SECONDS):
-                async for _ in responses:
-                    pass
-        with contextlib.suppress(Exception):
-            await responses.aclose()  # type: ignore[attr-defined]
-
-    async def _take_requests(self) -> AsyncIterator[runtime_pb2.ExpertRequest]:
-        while True:
-            request = await self._requests.get()
-            yield request
-            if not request.uid:
-                return
+                await stream.send(runtime_pb2.ExpertRequest())  # Petals' sign for the end
+                while True:
+                    await stream.receive()
+        except Exception:  # the server has closed the stream, or is not there any more
+            stream.close()
 
     def _has_begun(self) -> bool:
-        return self._responses is not None
+        return self._stream is not None
 
     def _address(self) -> tuple[str, str, int, int]:
         return self.span.peer_id.to_base58(), self._session_id, self.span.start, self.span.end
+
+
+class _ServerUnreachable(Exception):
+    """A server is announced in the swarm, but no connection to it can be made."""
+
+    def __init__(self, span: RemoteSpanInfo) -> None:
+        super().__init__(f"server {span.peer_id} cannot be reached")
+        self.span = span
+
+
+class _Stream:
+    """A bidirectional stream to a server's ``rpc_inference``, as hivemind frames it.
+
+    hivemind's own iterator over responses waits for the request after the one that broke off before it reports
+    a lost connection; here a lost connection ends the waiting at once.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def open(cls, p2p: P2P, peer_id: PeerID) -> _Stream:
+        """Connect to the server."""
+        name = TransformerConnectionHandler._get_handle_name(None, "rpc_inference")
+        _, reader, writer = await p2p.call_binary_stream_handler(peer_id, name)
+        return cls(reader, writer)
+
+    async def send(self, request: runtime_pb2.ExpertRequest) -> None:
+        """Send one message."""
+        body = request.SerializeToString()
+        length = len(body).to_bytes(P2P.HEADER_LEN, P2P.BYTEORDER)
+        self._writer.write(b"".join((P2P.MESSAGE_MARKER, length, body)))
+        await self._writer.drain()
+
+    async def receive(self) -> runtime_pb2.ExpertResponse:
+        """The next message.
+
+        Raises:
+            P2PHandlerError: the server reports an error instead.
+            asyncio.IncompleteReadError: the stream has ended.
+        """
+        response, error = await P2P.receive_protobuf(runtime_pb2.ExpertResponse, self._reader)
+        if error is not None:
+            raise P2PHandlerError(error.message)
+        return response
+
+    def close(self) -> None:
+        """Close it without waiting for anything."""
+        self._writer.close()
 
 
 def _joined(pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -251,6 +302,8 @@ def _translate(error: Exception) -> AttentionCacheFullError | MissingBlocksError
     if isinstance(error, AttentionCacheFullError | MissingBlocksError | SwarmUnreachableError):
         return error
     text = str(error)
+    if isinstance(error, _ServerUnreachable):  # the others that hold its blocks were tried before it
+        return MissingBlocksError(list(range(error.span.start, error.span.end)))
     if isinstance(error, PetalsMissingBlocksError):
         return MissingBlocksError(_block_numbers(text))
     if "AllocationFailed" in text or "Could not allocate" in text:

@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from hivemind.dht import DHT
@@ -36,8 +37,11 @@ class TiedDHT(DHT):  # type: ignore[misc]
         """The process's main function."""
         if self._own_group:
             os.setpgrp()
-        _tie_to_parent(needs_child=True)
+        _tie_to_parent(is_broken=self._has_lost_p2pd)
         super().run()
+
+    def _has_lost_p2pd(self) -> bool:
+        return hasattr(self, "_node") and not descendants()
 
 
 class TiedHandler(TransformerConnectionHandler):  # type: ignore[misc]
@@ -45,7 +49,7 @@ class TiedHandler(TransformerConnectionHandler):  # type: ignore[misc]
 
     def run(self) -> None:
         """The process's main function."""
-        _tie_to_parent(needs_child=False)
+        _tie_to_parent(is_broken=lambda: False)
         super().run()
 
 
@@ -53,22 +57,15 @@ class TiedHandler(TransformerConnectionHandler):  # type: ignore[misc]
 TiedHandler.__name__ = TransformerConnectionHandler.__name__
 
 
-def _tie_to_parent(*, needs_child: bool) -> None:
+def _tie_to_parent(is_broken: Callable[[], bool]) -> None:
     # The parent alone decides when its processes end; signals to the whole group are meant for it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_watch, args=(os.getppid(), needs_child), daemon=True).start()
+    threading.Thread(target=_watch, args=(os.getppid(), is_broken), daemon=True).start()
 
 
-def _watch(parent: int, needs_child: bool) -> NoReturn:
-    """End this process when its parent has ended or, if it needs one, its child."""
-    had_child, childless_checks = False, 0
-    # Twice in a row, because hivemind may replace a first p2pd, with which it has looked around, by another.
-    while os.getppid() == parent and childless_checks < 2:
+def _watch(parent: int, is_broken: Callable[[], bool]) -> NoReturn:
+    while os.getppid() == parent and not is_broken():
         time.sleep(WATCH_PERIOD_SECONDS)
-        if needs_child:
-            has_child = bool(descendants())
-            had_child = had_child or has_child
-            childless_checks = childless_checks + 1 if had_child and not has_child else 0
     kill(descendants())
     os._exit(1)
