@@ -79,8 +79,8 @@ def running_server(config: Path | None, *arguments: str) -> Iterator[Server]:
             family += process.children(recursive=True)
             popen.send_signal(signal.SIGINT)
             popen.wait(STOP_TIMEOUT_SECONDS)
-            assert _survivors(family) == []
-            assert "Traceback" not in _read(output)
+            assert (left := _survivors(family)) == [], left
+            assert "Traceback" not in (printed := _read(output)), printed
         finally:
             for member in [*family, *_members(family)]:
                 with contextlib.suppress(psutil.NoSuchProcess):

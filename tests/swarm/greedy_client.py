@@ -6,6 +6,7 @@ Reads requests as lines of JSON, writes answers as such. A process of its own, b
 from __future__ import annotations
 
 import json
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -106,3 +107,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)
+    os._exit(0)  # not held up by sessions whose servers have gone first

@@ -226,13 +226,14 @@ class SwarmRouting:
 async def _greet_peers(_: DHT, node: DHTNode, *, addresses: Sequence[str]) -> int:
     """Runs in hivemind's DHT process: put those peers that answer into its list; returns how many did."""
 
-    async def greet(address: Multiaddr) -> bool:
-        peer_id = PeerID.from_base58(address["p2p"])
+    async def greet(address: str) -> bool:
+        transport, _, peer = address.rpartition("/p2p/")
+        peer_id = PeerID.from_base58(peer)
         with contextlib.suppress(Exception):
-            await node.protocol.p2p._client.connect(peer_id, [address])
+            await node.protocol.p2p._client.connect(peer_id, [Multiaddr(transport)])
             if await node.protocol.call_ping(peer_id):
                 node.blacklist.register_success(peer_id)
                 return True
         return False
 
-    return sum(await asyncio.gather(*(greet(Multiaddr(address)) for address in addresses)))
+    return sum(await asyncio.gather(*map(greet, addresses)))

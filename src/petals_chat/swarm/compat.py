@@ -98,8 +98,9 @@ def log_to_stderr(*, debug: bool) -> None:
     """
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(logging.BASIC_FORMAT) if debug else CalmFormatter())
-    logging.getLogger().addHandler(handler)
-    _set_level(logging.DEBUG if debug else logging.WARNING)
+    for name in LIBRARIES:
+        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.WARNING)
 
 
 class CalmFormatter(logging.Formatter):
@@ -201,12 +202,9 @@ def _rebuild_tensor(
 def _route_logs() -> None:
     """Take hivemind's handler off the root logger, where Petals puts it, and let only warnings through."""
     importlib.import_module("hivemind.utils.logging").use_hivemind_log_handler("nowhere")
+    logging.getLogger().setLevel(logging.WARNING)  # which hivemind has reset
     logging.addLevelName(logging.WARNING, "WARNING")  # hivemind renames it for the whole process
     # hivemind cancels tasks that nobody awaits; asyncio reports each when it is collected.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    _set_level(logging.WARNING)
-
-
-def _set_level(level: int) -> None:
     for name in LIBRARIES:
-        logging.getLogger(name).setLevel(level)
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -72,8 +72,9 @@ class _Host:
         worker = threading.Thread(target=self._work, daemon=True)
         worker.start()
         connected = self._wait_for_stop()
-        if not self._options.debug:
-            logging.disable(logging.CRITICAL)  # complaints of what is being taken apart
+        if not self._options.debug:  # no complaints of what is being taken apart
+            logging.disable(logging.CRITICAL)
+            threading.excepthook = lambda _: None
         started = descendants()
         if self._server and connected:
             self._server.stop()
@@ -81,7 +82,7 @@ class _Host:
         kill([*started, *descendants()])
         if self._error:
             self._report({"error": _error_report(self._error)})
-        if worker.is_alive():
+        if worker.is_alive() or _is_held_up():
             self._exit_now()
         if self._error:
             raise self._error
@@ -170,12 +171,19 @@ class _Host:
             pipe.write(msgspec.json.encode(line) + b"\n")
 
     def _exit_now(self) -> NoReturn:
-        """End without the threads that wait for processes that are gone."""
+        """End without threads that wait for what will not come any more."""
         if self._error:
             print(f"petals-chat: {self._error}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1 if self._error else 0)
+
+
+def _is_held_up() -> bool:
+    """Whether Python would wait for other threads at its end."""
+    return any(
+        not thread.daemon and thread is not threading.main_thread() for thread in threading.enumerate()
+    )
 
 
 def _set_at_end_of_stdin(event: threading.Event) -> None:

@@ -40,6 +40,8 @@ SESSION_TIMEOUT_SECONDS = 24 * 3600.0
 HEALTH_CHECK_SECONDS = 5.0
 LARGEST_STEP_TOKENS = 8192
 P2PD_START_TIMEOUT_SECONDS = 60.0
+RUNTIME_STOP_TIMEOUT_SECONDS = 0.5
+"""Petals' runtime waits for ever for a step that a handler has announced but did not live to hand over."""
 
 
 class Stopped(Exception):
@@ -151,7 +153,7 @@ class BlockServer:
     def close(self) -> None:
         """Leave the swarm, after `run` ended."""
         self._stop.set()
-        self._server.shutdown()
+        self._server.shutdown(timeout=RUNTIME_STOP_TIMEOUT_SECONDS)
 
     def wait_until_online(self, poll_seconds: float = 0.05) -> bool:
         """Wait until clients find all blocks and get answers; False if that did not come before `stop`."""

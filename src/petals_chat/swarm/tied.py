@@ -19,6 +19,8 @@ from petals.server.handler import TransformerConnectionHandler
 from petals_chat.swarm.processes import descendants, kill
 
 WATCH_PERIOD_SECONDS = 1.0
+HANDLER_STOP_TIMEOUT_SECONDS = 1.0
+"""How long a connection handler may take to end its sessions in order."""
 
 
 class TiedDHT(DHT):  # type: ignore[misc]
@@ -46,6 +48,10 @@ class TiedDHT(DHT):  # type: ignore[misc]
 
 class TiedHandler(TransformerConnectionHandler):  # type: ignore[misc]
     """Petals' process for requests of clients. It ends with its parent."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.shutdown_timeout = HANDLER_STOP_TIMEOUT_SECONDS
 
     def run(self) -> None:
         """The process's main function."""
