@@ -260,6 +260,11 @@ async def _serve(
     writer.close()
 
 
+def _end_reading(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # closed already
+        connection.shutdown(socket.SHUT_RD)
+
+
 def main() -> int:
     """Run a worker on the socket whose file descriptor is the only argument."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the gateway, which closes the socket
@@ -281,7 +286,7 @@ def main() -> int:
             connection.sendall(encode_frame(encode(WorkerFailed(known.report()))))
         return 1
     # Up to here SIGTERM ends the process at once; a worker that serves ends as if the gateway had gone.
-    signal.signal(signal.SIGTERM, lambda *_: connection.shutdown(socket.SHUT_RD))
+    signal.signal(signal.SIGTERM, lambda *_: _end_reading(connection))
     swarm.run(_serve(model, swarm, started, connection, decoder))
     model.batcher.close()
     swarm.close()
