@@ -15,7 +15,7 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from petals_chat.settings import ChatSettings, ModelSettings
+from petals_chat.settings import ChatSettings, GenerationDefaults, ModelSettings
 
 Weights = npt.NDArray[np.float32]
 
@@ -48,7 +48,10 @@ def stand_in_settings(directory: Path) -> ModelSettings:
         name="Stand-in (random words)",
         family="Built in",
         chat=ChatSettings(
-            max_session_length=_CONTEXT_TOKENS, stop_token=_END_OF_TEXT, extra_stop_sequences=()
+            max_session_length=_CONTEXT_TOKENS,
+            stop_token=_END_OF_TEXT,
+            extra_stop_sequences=(),
+            generation=GenerationDefaults(temperature=1.0, top_p=1.0, repetition_penalty=1.3),
         ),
     )
 
@@ -115,7 +118,8 @@ def _build_weights(tokenizer: Tokenizer) -> dict[str, Weights]:
     key_value_size = _HIDDEN_SIZE // _NUM_HEADS * _NUM_KEY_VALUE_HEADS
     head = np.zeros((vocab_size, _HIDDEN_SIZE), dtype=np.float32)
     spoken = [tokenizer.encode(f" {word}").ids[0] for word in _VOCABULARY.split()]
-    head[spoken] = matrix(len(spoken), _HIDDEN_SIZE, scale=4.0)  # only whole words, never half a character
+    spoken += tokenizer.encode(_END_OF_TEXT).ids
+    head[spoken] = matrix(len(spoken), _HIDDEN_SIZE, scale=2.0)  # only whole words, never half a character
     weights = {
         "model.embed_tokens.weight": matrix(vocab_size, _HIDDEN_SIZE, scale=_HIDDEN_SIZE**0.5),
         "model.norm.weight": ones(),
