@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup run test lint format web clean
+.PHONY: setup run test lint format web bench clean
 
 setup: $(VENV)/.installed
 
@@ -18,6 +18,9 @@ test: setup $(VENV)/.installed-dev web
 web:
 	@mkdir -p src/petals_chat/web
 	@cp frontend/* src/petals_chat/web/
+
+bench: setup $(VENV)/.installed-dev web
+	$(BIN)/python bench/default_start.py $(ARGS)
 
 lint: setup $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -78,6 +78,11 @@ class HostProcess:
             self._seen += [host, *host.children(recursive=True)]
         return [process for process in set(self._seen) if process.is_running()]
 
+    def cpu_seconds(self) -> float:
+        """Processor time that the host and its processes have used."""
+        times = [process.cpu_times() for process in self.family()]
+        return float(sum(time.user + time.system for time in times))
+
     def survivors(self, timeout_seconds: float = STOP_TIMEOUT_SECONDS) -> list[str]:
         """Command lines of those that were seen by `family`, and others of their session, that do not end."""
         others = (process for process in psutil.process_iter() if _session(process.pid) == self.process.pid)

@@ -15,7 +15,7 @@ from petals_chat.swarm.host_options import HostReady
 from tests.contract.serving import Server, running_server
 from tests.contract.wire import TIMEOUT_SECONDS, receive
 from tests.engine.conftest import checkpoints as checkpoints
-from tests.swarm_processes import running_host
+from tests.swarm_processes import HostProcess
 from tests.tiny_tokenizers import TOKENIZERS
 
 PREFILL_CHUNK_TOKENS = 16
@@ -64,9 +64,15 @@ def model_entry(key: str, checkpoint: Path, host: HostReady | None = None, **set
 @pytest.fixture(scope="package")
 def random_host(checkpoints: dict[str, Path]) -> Iterator[HostReady]:
     """Holds the random blocks, which all checkpoints but the reciting one share."""
-    cache = f"--cache-tokens={RANDOM_HOST_CACHE_TOKENS}"
-    with running_host(checkpoints["byte_level"], cache) as ready:
-        yield ready
+    host = HostProcess(checkpoints["byte_level"], f"--cache-tokens={RANDOM_HOST_CACHE_TOKENS}")
+    try:
+        yield host.wait_until_ready()
+        host.family()
+        host.close_stdin()
+        assert host.wait() == 0
+        assert host.survivors() == []
+    finally:
+        host.release()
 
 
 @pytest.fixture(scope="package")

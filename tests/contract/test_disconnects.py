@@ -38,7 +38,7 @@ def test_clients_that_go_away_leave_nothing_running(
     with contextlib.ExitStack() as clients:
         clients.enter_context(begin_v1(server))
         clients.enter_context(begin_v1(server, session_id=session_id))
-        polite, abrupt = (clients.enter_context(connect(server.v2_url)) for _ in range(2))
+        polite, abrupt = (clients.enter_context(connect(server.v2_url, max_queue=None)) for _ in range(2))
         for client in (polite, abrupt):
             client.send(OPEN_LARGE)
             client.send(STREAM_WITHOUT_END)
@@ -50,7 +50,7 @@ def test_clients_that_go_away_leave_nothing_running(
 
 
 def test_a_client_that_does_not_read_holds_up_nobody_and_leaves_nothing(
-    server: Server, figures: Figures, request: pytest.FixtureRequest
+    server: Server, figures: Figures
 ) -> None:
     wait_until(lambda: figures() == (0, 0))
     with contextlib.ExitStack() as clients:

@@ -28,6 +28,12 @@ def test_readyz_says_that_a_model_can_answer(http: httpx.Client) -> None:
     assert get(http, "/readyz") == {"ok": True, "models": dict.fromkeys(MODELS, "ready")}
 
 
+def test_status_has_what_bots_read(http: httpx.Client) -> None:
+    status = get(http, "/api/status")
+    known = ["ok", "model_name", "num_peers", "peers", "block_status", "block_coverage", "total_blocks"]
+    assert {*known, "tokens_per_second", "uptime_seconds"} <= set(status)
+
+
 def test_status_describes_the_default_models_swarm(http: httpx.Client) -> None:
     status = get(http, "/api/status")
     assert status["ok"] is True

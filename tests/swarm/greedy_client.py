@@ -106,5 +106,9 @@ if __name__ == "__main__":
     disarm_destructor()
     torch.set_num_threads(1)
     for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), flush=True)
+        try:
+            reply: dict[str, object] = {"tokens": answer(json.loads(line))}
+        except Exception as error:
+            reply = {"error": repr(error)}
+        print(json.dumps(reply), flush=True)
     os._exit(0)  # not held up by sessions whose servers have gone first

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +46,28 @@ def ask() -> Iterator[AskClient]:
     assert answers is not None
 
     def ask_client(
-        model: Path, host: HostReady, prompts: list[list[int]], chunk: int = 512, adapter: str | None = None
+        model: Path,
+        host: HostReady,
+        prompts: list[list[int]],
+        chunk: int = 512,
+        adapter: str | None = None,
+        new_tokens: int = NEW_TOKENS,
     ) -> list[list[int]]:
         request = {
             "model": str(model),
             "peers": host.peers,
             "dht_prefix": host.dht_prefix,
             "prompts": prompts,
-            "new_tokens": NEW_TOKENS,
+            "new_tokens": new_tokens,
             "chunk": chunk,
             "adapter": adapter,
         }
         requests.write(json.dumps(request) + "\n")
         requests.flush()
-        tokens: list[list[int]] = json.loads(answers.readline())
+        reply = json.loads(answers.readline())
+        if "error" in reply:
+            raise RuntimeError(reply["error"])
+        tokens: list[list[int]] = reply["tokens"]
         return tokens
 
     yield ask_client
@@ -156,19 +165,26 @@ def free_port() -> int:
         return port
 
 
-def test_a_host_stops_on_sigterm_and_comes_back_at_the_same_address(
-    tiny_model: Callable[[str], Path], tmp_path: Path
+def test_a_busy_host_stops_on_sigterm_and_comes_back_at_the_same_address(
+    tiny_model: Callable[[str], Path], tmp_path: Path, ask: AskClient
 ) -> None:
+    model = tiny_model("llama")
     arguments = [f"--port={free_port()}", f"--identity={tmp_path}/keys/host.id"]
-    with _starting(tiny_model("llama"), *arguments) as host:
-        (address,) = host.wait_until_ready().peers
+    with _starting(model, *arguments) as host, ThreadPoolExecutor(1) as background:
+        ready = host.wait_until_ready()
+        (address,) = ready.peers
+        generating = background.submit(ask, model, ready, PROMPTS, new_tokens=5000)
+        idle_cpu_seconds = host.cpu_seconds()
+        while host.cpu_seconds() < idle_cpu_seconds + 0.5:
+            time.sleep(0.01)
         assert len(host.family()) >= 4  # itself, the DHT process, p2pd, a handler
         host.send(signal.SIGTERM)
         assert host.wait() == 0
         assert host.stderr() == ""
         assert host.survivors() == []
+        assert generating.exception() is not None
 
-    lines, errors = _host_until_ctrl_c(tiny_model("llama"), *arguments)
+    lines, errors = _host_until_ctrl_c(model, *arguments)
     assert lines[0].startswith("Loading blocks 0:4 of ")
     assert lines[1] == "Serving blocks 0:4 of 4. Ctrl-C stops."
     assert lines[3].endswith(f"--initial-peers {address}")
