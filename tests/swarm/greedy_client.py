@@ -71,6 +71,7 @@ def answer(request: dict[str, Any]) -> list[list[int]]:
         initial_peers=peers,
         dht_prefix=prefix,
         max_retries=2,
+        request_timeout=5,
         show_route=False,
         active_adapter=request["adapter"],
     )
