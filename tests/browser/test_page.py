@@ -245,6 +245,7 @@ async def test_a_chat_goes_on_after_its_idle_connection_was_closed(chat: ChatPag
     gateway.engine.tokens = [" First.", "###"]
     await chat.ask("One?")
     await expect(chat.answers.last).to_have_text("First.")
+    await expect(chat.send).to_be_visible()  # its stop text has come too
     await gateway.line.cut()
     await until(lambda: not gateway.engine.sessions)
     gateway.engine.tokens = [" Second.", "###"]

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection
 
 from tests.contract.wire import OPEN, STREAM_WITHOUT_END, receive, receive_error
@@ -119,6 +120,19 @@ def test_half_a_surrogate_pair_is_no_text(websocket: ClientConnection, key: str)
     websocket.send(json.dumps(request))  # as the escape \\ud83d
     assert receive(websocket) == {"ok": True}
     assert receive_error(websocket)["code"] == VIOLATION
+
+
+def test_a_text_frame_that_is_not_utf8_ends_the_connection(websocket: ClientConnection) -> None:
+    """As RFC 6455 wants it: such a frame is no message, so nothing is said about it."""
+    websocket.send(b'{"type": "\xff"}', text=True)
+    with pytest.raises(ConnectionClosed):
+        receive(websocket)
+    assert websocket.close_code == 1007
+
+
+def test_a_message_may_come_in_fragments(websocket: ClientConnection) -> None:
+    websocket.send(OPEN[index : index + 5] for index in range(0, len(OPEN), 5))
+    assert receive(websocket) == {"ok": True}
 
 
 def test_a_second_session_on_a_connection_is_refused(websocket: ClientConnection) -> None:

@@ -190,6 +190,16 @@ def test_a_model_named_when_opening_must_be_named_always(
         assert generate_in(http, session_id, inputs="B", max_new_tokens=2, model=name) == HELLO
 
 
+def test_a_request_that_fails_leaves_its_session_as_it_was(
+    http: httpx.Client, open_session: OpenSession
+) -> None:
+    session_id = open_session(max_length=64)
+    assert generate_in(http, session_id, inputs="B", max_new_tokens=2) == HELLO
+    assert generate_in(http, session_id, inputs="A" * 100, max_new_tokens=2)["ok"] is False
+    assert generate_in(http, session_id, inputs="A")["ok"] is False
+    assert generate_in(http, session_id, max_new_tokens=2)["outputs"] == " Hello Hello"
+
+
 def test_requests_in_one_session_are_done_in_order(
     server: Server, http: httpx.Client, open_session: OpenSession
 ) -> None:

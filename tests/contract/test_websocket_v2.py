@@ -82,6 +82,14 @@ def test_each_max_new_tokens_tokens_have_a_reply(session: ClientConnection, max_
     assert "".join(reply["outputs"] for reply in replies) == "!" + " Hello" * (4 * max_new_tokens - 1)
 
 
+def test_max_length_alone_has_one_reply_with_a_stop_sequence_too(session: ClientConnection) -> None:
+    session.send('{"type": "generate", "inputs": "B", "max_length": 4, "stop_sequence": "###"}')
+    session.send('{"type": "generate", "inputs": "A", "max_length": 60, "stop_sequence": "[END]"}')
+    assert receive(session) == {"ok": True, "outputs": "! Hello Hello", "stop": True, "token_count": 3}
+    reply = receive(session)
+    assert (reply["outputs"], reply["stop"]) == ("😀世界 machine[END]", True)
+
+
 @pytest.mark.parametrize(
     ("stop_sequence", "extra_stop_sequences", "text"),
     [

@@ -1,12 +1,15 @@
-"""Tiny checkpoints for the tests of the swarm, made once in a session."""
+"""Tiny checkpoints, and Petals in this process, for the tests of the swarm; made once in a session."""
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from petals_chat.swarm import compat
 from tests.tiny_models import write_tiny_model
 
 
@@ -22,3 +25,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return made[kind]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def petals() -> None:
+    """Petals' server can be imported."""
+    compat.install()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside the libraries, at import
+        importlib.import_module("petals.server.server")

@@ -16,10 +16,7 @@ import torch
 from petals_chat.errors import ConfigurationError
 from petals_chat.swarm import compat
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _petals() -> None:
-    compat.install()
+pytestmark = pytest.mark.usefixtures("petals")
 
 
 def names_that_petals_imports(package: str) -> Iterator[tuple[str, str]]:

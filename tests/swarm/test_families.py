@@ -1,5 +1,3 @@
-import importlib
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,18 +7,13 @@ import transformers
 
 from petals_chat.errors import ConfigurationError
 from petals_chat.models.checkpoint import open_checkpoint
-from petals_chat.swarm import compat, families
+from petals_chat.swarm import families
 from tests.tiny_models import KINDS, load_reference
 
 PROMPT = [(7 * i * i + 31 * i) % 512 for i in range(40)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _petals() -> None:
-    compat.install()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations inside the libraries, at import
-        importlib.import_module("petals_chat.swarm.backend")
+pytestmark = pytest.mark.usefixtures("petals")
 
 
 def run_blocks(directory: Path, hidden_states: torch.Tensor, pieces: list[int]) -> torch.Tensor:

@@ -1,19 +1,10 @@
-import importlib
-import warnings
 from pathlib import Path
 
 import pytest
 
 from petals_chat.errors import ConfigurationError
-from petals_chat.swarm import compat
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _petals() -> None:
-    compat.install()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations inside the libraries, at import
-        importlib.import_module("petals_chat.swarm.server")
+pytestmark = pytest.mark.usefixtures("petals")
 
 
 def test_a_missing_identity_is_made_once(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def _add_block_arguments(group: Any) -> None:
         help="tokens that one session may reserve (default: %(default)s)",
     )
     group.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="CPU threads (default: as torch chooses)"
+        "--threads", type=_count, default=0, metavar="N", help="CPU threads (default: as torch chooses)"
     )
 
 
@@ -165,6 +165,12 @@ def _multiaddress(text: str) -> str:
 def _port(text: str) -> int:
     if not text.isdigit() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port number, 0 to 65535")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 0 or greater")
     return int(text)
 
 

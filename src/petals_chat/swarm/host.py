@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 STOP_TIMEOUT_SECONDS = 2.5
 """How long leaving the swarm may take before everything is ended the hard way."""
 CHECK_PERIOD_SECONDS = 1.0
+OPEN_FILES = 1 << 16
 
 
 def serve_host(options: HostOptions) -> int:
@@ -50,6 +52,7 @@ def serve_host(options: HostOptions) -> int:
         SwarmUnreachableError: none of the initial peers answers.
         EngineError: the host broke down while it served.
     """
+    _raise_file_limit()
     host = _Host(options)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: host.stop.set())
@@ -107,7 +110,7 @@ class _Host:
     def _serve_blocks(self) -> None:
         options = self._options
         checkpoint = open_checkpoint(options.model, options.revision)
-        family = family_of(checkpoint.config["model_type"])
+        family = family_of(checkpoint.model_type)
         _require_blocks(options.blocks, checkpoint.num_blocks)
         _require_free_port(options.address, options.port)
 
@@ -177,6 +180,13 @@ class _Host:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1 if self._error else 0)
+
+
+def _raise_file_limit() -> None:
+    """Petals has a dozen pipes for each block, hivemind a socket for each session."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _is_held_up() -> bool:

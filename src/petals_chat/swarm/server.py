@@ -83,8 +83,7 @@ class BlockServer:
             self._server = petals_server.Server(
                 converted_model_name_or_path=options.model,
                 revision=options.revision,
-                dht_prefix=options.dht_prefix
-                or default_dht_prefix(checkpoint.config["model_type"], options.model),
+                dht_prefix=options.dht_prefix or default_dht_prefix(checkpoint.model_type, options.model),
                 public_name=options.name,
                 identity_path=str(options.identity) if options.identity else None,
                 host_maddrs=[options.listen_address],
