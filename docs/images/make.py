@@ -1,6 +1,6 @@
 """Makes the pictures of the page in this folder, with a real Chromium and a running server.
 
-    python docs/images/make.py [URL] [PATH OF CHROMIUM]
+python docs/images/make.py [URL] [PATH OF CHROMIUM]
 """
 
 from __future__ import annotations

@@ -155,9 +155,11 @@ def generate(request: pytest.FixtureRequest, server: Server, http: httpx.Client)
         with connect(server.v2_url, max_size=None) as client:
             opening = {"type": "open_inference_session", "model": model, "max_length": RANDOM_SESSION_TOKENS}
             client.send(json.dumps(opening))
-            client.send(json.dumps({"type": "generate", **parameters}))
             opened = receive(client)
-            return receive(client) if opened["ok"] else opened
+            if not opened["ok"]:
+                return opened
+            client.send(json.dumps({"type": "generate", **parameters}))
+            return receive(client)
 
     return over_v1 if request.param == "v1" else over_v2
 

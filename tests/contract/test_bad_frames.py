@@ -143,7 +143,7 @@ def test_a_second_session_on_a_connection_is_refused(websocket: ClientConnection
 
 
 def test_what_was_asked_before_a_mistake_is_answered_first(websocket: ClientConnection) -> None:
-    for frame in (OPEN, GENERATE, "mistake", GENERATE):
+    for frame in (OPEN, GENERATE, "mistake"):
         websocket.send(frame)
     assert receive(websocket) == {"ok": True}
     assert receive(websocket)["outputs"] == "!"

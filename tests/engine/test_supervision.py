@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import pytest
 import pytest_asyncio
 
@@ -37,12 +36,18 @@ def engine_settings(data_dir: Path, *models: ModelSettings) -> Settings:
 @pytest_asyncio.fixture(scope="module")
 async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ProcessEngine]:
     """The default: a worker and a private host of this machine."""
+    others = set(psutil.Process().children())
     async with ProcessEngine(engine_settings(tmp_path_factory.mktemp("data"))) as engine:
         await engine.wait_until_settled()
+        _others.update(others)
         yield engine
-        family = our_processes("")
-    _, alive = psutil.wait_procs(family, timeout=5)
+        ours = [process for child in children() for process in (child, *child.children(recursive=True))]
+    _, alive = psutil.wait_procs(ours, timeout=5)
     assert alive == []
+
+
+_others: set[psutil.Process] = set()
+"""Processes that other tests started."""
 
 
 async def generate(engine: ProcessEngine, max_new_tokens: int = 8) -> str:
@@ -54,19 +59,14 @@ async def generate(engine: ProcessEngine, max_new_tokens: int = 8) -> str:
         await session.close()
 
 
-def our_processes(word: str) -> list[psutil.Process]:
-    """Processes that this one started, directly or not, whose command line has ``word``."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if word in " ".join(process.cmdline()):
-                found.append(process)
-    return found
+def children() -> list[psutil.Process]:
+    """What this module's engine started."""
+    return [process for process in psutil.Process().children() if process not in _others]
 
 
 def leader(word: str) -> psutil.Process:
-    """The process with ``word`` in its command line that this one started itself."""
-    (process,) = [process for process in psutil.Process().children() if word in " ".join(process.cmdline())]
+    """The one of them with ``word`` in its command line."""
+    (process,) = [process for process in children() if word in " ".join(process.cmdline())]
     return process
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -213,6 +214,9 @@ def _load(command: StartWorker) -> tuple[Model, SwarmClient, WorkerStarted]:
     checkpoint = open_checkpoint(command.repository, command.revision)
     config = checkpoint.config
     num_blocks = checkpoint.num_blocks
+    # What is loaded by now is never collected: the process that hivemind forks goes on sharing its memory.
+    gc.collect()
+    gc.freeze()
     swarm = SwarmClient(
         SwarmOptions(
             initial_peers=command.initial_peers,

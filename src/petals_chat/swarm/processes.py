@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 
 def descendants() -> list[psutil.Process]:
