@@ -180,12 +180,15 @@ class ModelLoadingError(EngineError):
 
 
 class ModelUnavailableError(EngineError):
-    """The model could not be started; ``reason`` is the error that stopped it."""
+    """The model could not be started. The reason, which may name files and machines, is for the log only."""
 
     code = "model_unavailable"
 
-    def __init__(self, model: str, reason: str) -> None:
-        super().__init__(f"model {model!r} could not be started: {reason}", model=model)
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"model {model!r} could not be started; the server's log says why. It is tried again and again",
+            model=model,
+        )
 
 
 class WorkerLostError(EngineError):

@@ -123,5 +123,7 @@ async def test_a_model_that_cannot_be_started_says_why_and_others_go_on(tmp_path
     async with ProcessEngine(settings) as engine:
         await engine.wait_until_settled()
         assert engine.statuses["broken"].state is ModelState.UNAVAILABLE
-        with pytest.raises(ModelUnavailableError, match="nothing"):
+        with pytest.raises(ModelUnavailableError, match="log says why") as raised:
             await engine.open_session("broken", 64)
+        assert str(tmp_path) not in raised.value.message
+        assert str(tmp_path / "nothing") in str(raised.value.__cause__)

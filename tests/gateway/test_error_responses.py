@@ -14,8 +14,8 @@ from petals_chat.errors import (
     MessageTooLargeError,
     MissingBlocksError,
     ModelNotPublicError,
-    ModelUnavailableError,
     PetalsChatError,
+    ProtocolViolationError,
     TooManyRequestsError,
     UnknownModelError,
     WorkerLostError,
@@ -81,9 +81,9 @@ def test_only_a_body_that_is_too_large_has_another_status_than_200_in_v1() -> No
 
 
 def test_a_sentence_of_many_lines_becomes_one() -> None:
-    error = ModelUnavailableError("a", "first\nsecond\r\nthird")
+    error = ProtocolViolationError("first\nsecond\r\nthird")
     traceback = content(PLAIN.http(error))["traceback"]
-    assert traceback == "ModelUnavailableError: model 'a' could not be started: first second third"
+    assert traceback == "ProtocolViolationError: first second third"
 
 
 def test_in_debug_mode_the_frames_come_before_the_sentence() -> None:

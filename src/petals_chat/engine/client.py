@@ -57,6 +57,8 @@ class WorkerConnection:
         self._writer = writer
         self._on_status = on_status
         self._started: asyncio.Future[WorkerStarted] = asyncio.get_running_loop().create_future()
+        # If the host never gets ready, nobody waits for this one; its exception is no surprise then.
+        self._started.add_done_callback(lambda started: started.cancelled() or started.exception())
         self._answers: dict[int, asyncio.Queue[Answer]] = {}
         self._request_ids = itertools.count(1)
         self._lost = False

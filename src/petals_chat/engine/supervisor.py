@@ -131,7 +131,7 @@ class _ServedModel:
     async def open_session(self, max_length: int) -> ProcessSession:
         if self._worker is None or self._started is None:
             if self._error:
-                raise ModelUnavailableError(self._model.key, self._error.message)
+                raise ModelUnavailableError(self._model.key) from error_from_report(self._error)
             raise ModelLoadingError(self._model.key)
         limit = self._started.max_session_length
         if max_length > limit:

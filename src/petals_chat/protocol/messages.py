@@ -138,6 +138,7 @@ class SwarmPeer(msgspec.Struct, frozen=True):
     public_name: str | None = None
     version: str | None = None
     cache_tokens_left: int | None = None
+    """Tokens for which there is room in its attention caches, all sessions together."""
     torch_dtype: str | None = None
     quant_type: str | None = None
     adapters: tuple[str, ...] = ()

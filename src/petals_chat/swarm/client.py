@@ -132,7 +132,7 @@ class SwarmClient:
                 throughput=span.server_info.throughput,
                 public_name=span.server_info.public_name,
                 version=span.server_info.version,
-                cache_tokens_left=span.server_info.cache_tokens_left,
+                cache_tokens_left=_cache_tokens_left(span),
                 torch_dtype=span.server_info.torch_dtype,
                 quant_type=span.server_info.quant_type,
                 adapters=tuple(span.server_info.adapters),
@@ -221,6 +221,12 @@ class SwarmRouting:
     def retry_delay(self, attempt: int) -> float:
         """Seconds to wait after the failed attempt number ``attempt``, counted from 0."""
         return float(self._manager.get_retry_delay(attempt))
+
+
+def _cache_tokens_left(span: RemoteSpanInfo) -> int | None:
+    """Petals counts keys and values of each block separately; people count tokens of a session."""
+    left: int | None = span.server_info.cache_tokens_left
+    return None if left is None else left // (2 * span.length)
 
 
 async def _greet_peers(_: DHT, node: DHTNode, *, addresses: Sequence[str]) -> int:
