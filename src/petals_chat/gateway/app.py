@@ -16,6 +16,7 @@ from petals_chat.gateway.admission import LimitedEngine
 from petals_chat.gateway.error_responses import ErrorResponses
 from petals_chat.gateway.http_v1 import HttpV1
 from petals_chat.gateway.log_privacy import keep_texts_out_of_uvicorns_log
+from petals_chat.gateway.metrics import Metrics
 from petals_chat.gateway.models import ModelRegistry
 from petals_chat.gateway.pages import Pages
 from petals_chat.gateway.sessions_v1 import SessionRegistry
@@ -74,6 +75,7 @@ def create_app(
     )
     app.include_router(HttpV1(models, limited_engine, sessions, errors, settings.limits).router())
     app.include_router(status.router())
+    app.include_router(Metrics(engine).router())
     websocket_v2 = WebSocketV2(models, limited_engine, errors, settings.limits)
     app.router.add_websocket_route("/api/v2/generate", websocket_v2.generate)
     app.router.default = Pages()

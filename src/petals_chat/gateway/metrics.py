@@ -1,0 +1,69 @@
+"""Figures for Prometheus, taken from the workers' last reports at the moment they are asked for.
+
+Nothing is counted here, and nothing costs anything per token. Models are the only labels: no figure tells of a client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fastapi import APIRouter
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.registry import Collector
+from starlette.responses import Response
+
+from petals_chat.engine.interface import Engine, ModelState
+
+
+class Metrics(Collector):
+    """The endpoint, and the collector behind it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def router(self) -> APIRouter:
+        """The route, which is not part of the documented APIs."""
+        router = APIRouter()
+        router.add_api_route("/metrics", self.metrics, include_in_schema=False)
+        return router
+
+    async def metrics(self) -> Response:
+        """All figures in Prometheus' text format."""
+        return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+    def collect(self) -> Iterator[Metric]:
+        """One sample of each figure for each model."""
+        states = GaugeMetricFamily(
+            "petals_chat_model_state", "1 for the state that the model is in.", labels=["model", "state"]
+        )
+        missing = GaugeMetricFamily(
+            "petals_chat_missing_blocks", "Blocks that no server of the swarm holds.", labels=["model"]
+        )
+        servers = GaugeMetricFamily(
+            "petals_chat_servers", "Servers that hold blocks of the model.", labels=["model"]
+        )
+        sessions = GaugeMetricFamily(
+            "petals_chat_open_sessions", "Inference sessions of all clients.", labels=["model"]
+        )
+        running = GaugeMetricFamily(
+            "petals_chat_running_generations",
+            "Generations that run, or wait for their turn in a session.",
+            labels=["model"],
+        )
+        tokens = CounterMetricFamily(
+            "petals_chat_tokens_generated", "Tokens generated since the worker started.", labels=["model"]
+        )
+        for key, status in self._engine.statuses.items():
+            for state in ModelState:
+                states.add_metric([key, state.value], float(state is status.state))
+            missing.add_metric([key], len(status.missing_blocks))
+            if report := status.report:
+                servers.add_metric([key], len({peer.peer_id for peer in report.peers}))
+                sessions.add_metric([key], report.open_sessions)
+                running.add_metric([key], report.running_generations)
+                tokens.add_metric([key], report.tokens_generated)
+        yield from (states, missing, servers, sessions, running, tokens)
