@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
@@ -157,9 +159,15 @@ async def test_a_body_over_the_limit_gets_413_in_the_same_shape(gateway: Gateway
     assert response.json()["code"] == "message_too_large"
 
 
-async def test_a_body_over_the_limit_is_not_read_on_though_its_length_is_not_announced(
-    gateway: Gateway,
-) -> None:
+async def test_a_client_that_sends_everything_before_it_reads_sees_the_413_too(gateway: Gateway) -> None:
+    url = str(gateway.http.base_url.join("/api/v1/generate"))
+    with pytest.raises(urllib.error.HTTPError, match="413") as raised:
+        await asyncio.to_thread(urllib.request.urlopen, url, b"x" * 10_000_000)
+    assert json.loads(raised.value.read())["code"] == "message_too_large"
+    raised.value.close()
+
+
+async def test_a_body_over_the_limit_gets_413_though_its_length_is_not_announced(gateway: Gateway) -> None:
     async def pieces() -> AsyncIterator[bytes]:
         for _ in range(30):
             yield b"x" * 100_000

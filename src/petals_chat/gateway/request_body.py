@@ -21,6 +21,10 @@ from petals_chat.errors import InvalidParameterError, MessageTooLargeError
 MAX_FIELDS = 1000
 """Fields of a form. A text that is not percent-encoded may have some "&" of its own."""
 
+MAX_DISCARDED_BYTES = 16 * 1024 * 1024
+"""How much of a body that is too large is read all the same: many clients read no answer before they have sent
+everything, and would only see the connection break."""
+
 _JSON_TYPE = re.compile(r"application/([\w.+-]+\+)?json")
 _FORM_FIELD = re.compile(rb"\s*[\w.\[\]%-]+=")
 _MULTIPART_BEGIN = re.compile(rb"--([^\r\n]{1,70})\r\nContent-(Disposition|Type):", re.IGNORECASE)
@@ -43,13 +47,18 @@ async def read_values(request: Request, max_bytes: int) -> Values:
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > max_bytes:
+    if announced.isdecimal() and int(announced) > max_bytes + MAX_DISCARDED_BYTES:
         raise MessageTooLargeError(max_bytes)
     body = bytearray()
+    size = 0
     async for piece in request.stream():
-        body += piece
-        if len(body) > max_bytes:
-            raise MessageTooLargeError(max_bytes)
+        size += len(piece)
+        if size <= max_bytes:
+            body += piece
+        elif size > max_bytes + MAX_DISCARDED_BYTES:
+            break
+    if size > max_bytes:
+        raise MessageTooLargeError(max_bytes)
     return bytes(body)
 
 
