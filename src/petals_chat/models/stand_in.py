@@ -51,7 +51,7 @@ def stand_in_settings(directory: Path) -> ModelSettings:
             max_session_length=_CONTEXT_TOKENS,
             stop_token=_END_OF_TEXT,
             extra_stop_sequences=(),
-            generation=GenerationDefaults(temperature=1.0, top_p=1.0, repetition_penalty=1.3),
+            generation=GenerationDefaults(temperature=1.0, top_k=20, top_p=1.0, repetition_penalty=1.3),
         ),
     )
 
