@@ -51,7 +51,7 @@ def stand_in_settings(directory: Path) -> ModelSettings:
             max_session_length=_CONTEXT_TOKENS,
             stop_token=_END_OF_TEXT,
             extra_stop_sequences=(),
-            generation=GenerationDefaults(temperature=1.0, top_k=20, top_p=1.0, repetition_penalty=1.3),
+            generation=GenerationDefaults(temperature=1.0, top_p=1.0, repetition_penalty=1.2),
         ),
     )
 
@@ -116,12 +116,17 @@ def _build_weights(tokenizer: Tokenizer) -> dict[str, Weights]:
 
     vocab_size = tokenizer.get_vocab_size()
     key_value_size = _HIDDEN_SIZE // _NUM_HEADS * _NUM_KEY_VALUE_HEADS
-    head = np.zeros((vocab_size, _HIDDEN_SIZE), dtype=np.float32)
+    # Only whole words are spoken, never half a character: dimension 0 is the same for all tokens, no block
+    # changes it, and the head reads from it that words are likely.
+    embeddings = matrix(vocab_size, _HIDDEN_SIZE, scale=_HIDDEN_SIZE**0.5)
+    embeddings[:, 0] = 8.0
     spoken = [tokenizer.encode(f" {word}").ids[0] for word in _VOCABULARY.split()]
     spoken += tokenizer.encode(_END_OF_TEXT).ids
-    head[spoken] = matrix(len(spoken), _HIDDEN_SIZE, scale=2.0)  # only whole words, never half a character
+    head = np.zeros((vocab_size, _HIDDEN_SIZE), dtype=np.float32)
+    head[spoken] = matrix(len(spoken), _HIDDEN_SIZE, scale=2.0)
+    head[spoken, 0] = 8.0
     weights = {
-        "model.embed_tokens.weight": matrix(vocab_size, _HIDDEN_SIZE, scale=_HIDDEN_SIZE**0.5),
+        "model.embed_tokens.weight": embeddings,
         "model.norm.weight": ones(),
         "lm_head.weight": head,
     }
@@ -138,6 +143,8 @@ def _build_weights(tokenizer: Tokenizer) -> dict[str, Weights]:
             f"{prefix}.mlp.up_proj.weight": matrix(_INTERMEDIATE_SIZE, _HIDDEN_SIZE),
             f"{prefix}.mlp.down_proj.weight": matrix(_HIDDEN_SIZE, _INTERMEDIATE_SIZE),
         }
+        for output in ("self_attn.o_proj", "mlp.down_proj"):
+            weights[f"{prefix}.{output}.weight"][0] = 0.0
     return weights
 
 
