@@ -20,20 +20,17 @@ SIZES: dict[str, ViewportSize] = {
 Scheme = Literal["light", "dark"]
 SCHEMES: tuple[Scheme, ...] = ("light", "dark")
 QUESTION = "How does a swarm run a model?"
-ANSWER_CHARS = 200
 
 
 def take(browser: Browser, url: str, name: str, scheme: Scheme) -> None:
-    """One question, its answer while it comes, and a picture of both."""
+    """One question, its answer, and a picture of both."""
     page = browser.new_page(viewport=SIZES[name], color_scheme=scheme, device_scale_factor=1)
     page.goto(url)
     message = page.get_by_label("Your message")
     message.fill(QUESTION)
     page.get_by_role("button", name="Send").click()
-    page.wait_for_function(
-        "length => document.querySelector('.answer')?.textContent.length > length", arg=ANSWER_CHARS
-    )
-    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("button", name="Stop").wait_for()
+    page.get_by_role("button", name="Send").wait_for()  # it has finished
     page.screenshot(path=FOLDER / f"{name}-{scheme}.png")
     page.close()
 
