@@ -31,35 +31,13 @@ The quick brown fox jumps over the lazy dog. Numbers are 1 2 3 4 5 6 7 8 9 0. Ye
 
 def byte_level_tokenizer(vocab_size: int = 400) -> PreTrainedTokenizerFast:
     """As GPT-2, Qwen and Llama 3 have it, without BOS; EOS is <|endoftext|>."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        TEXT,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=["<|endoftext|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
+    tokenizer = _train_byte_level(vocab_size, ["<|endoftext|>"])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
 
 
 def bos_tokenizer(vocab_size: int = 400) -> PreTrainedTokenizerFast:
     """As Llama 3 has it: byte-level, and a text begins with <|begin_of_text|>."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        TEXT,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
+    tokenizer = _train_byte_level(vocab_size, ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"])
     begin = tokenizer.token_to_id("<|begin_of_text|>")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|begin_of_text|> $A", pair=None, special_tokens=[("<|begin_of_text|>", begin)]
@@ -106,6 +84,20 @@ def save_tokenizer(kind: str, directory: Path) -> PreTrainedTokenizerFast:
     """Write the tokenizer into a checkpoint's directory."""
     tokenizer = TOKENIZERS[kind]()
     tokenizer.save_pretrained(directory)
+    return tokenizer
+
+
+def _train_byte_level(vocab_size: int, special_tokens: list[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special_tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
     return tokenizer
 
 
