@@ -273,9 +273,6 @@ def main() -> int:
     """Run a worker on the socket whose file descriptor is the only argument."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the gateway, which closes the socket
     connection = socket.socket(fileno=int(sys.argv[1]))
-    signal.signal(
-        signal.SIGTERM, lambda *_: connection.shutdown(socket.SHUT_RD)
-    )  # as if the gateway had gone
     decoder = FrameDecoder()
     command = _read_start_command(connection, decoder)
     if command is None:
