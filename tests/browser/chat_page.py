@@ -31,8 +31,9 @@ class ChatPage:
         self.outcomes = page.locator(".outcome p")
 
     async def ask(self, text: str) -> None:
-        """Write a message and send it with Enter."""
+        """Write a message and send it with Enter, once the answer before is complete."""
         await expect(self.model).to_be_enabled()
+        await expect(self.send).to_be_visible()
         await self.message.fill(text)
         await self.message.press("Enter")
 
