@@ -20,7 +20,7 @@ web:
 	@cp frontend/* src/petals_chat/web/
 
 bench: setup $(VENV)/.installed-dev web
-	$(BIN)/python bench/default_start.py $(ARGS)
+	$(BIN)/python bench/token_path.py $(ARGS)
 
 lint: setup $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -21,10 +21,10 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
-import psutil
 from websockets.asyncio.client import connect
+
+from measuring import cpu_seconds, family, pss_megabytes
 
 START_TIMEOUT_SECONDS = 120
 PROMPT = "Hello, many machines. How does a swarm run a model?"
@@ -53,7 +53,7 @@ def main() -> None:
             result: dict[str, object] = {
                 "ready_seconds": round(time.monotonic() - began, 1),
                 "pss_megabytes": round(pss_megabytes(server.pid)),
-                "processes": 1 + len(psutil.Process(server.pid).children(recursive=True)),
+                "processes": len(family(server.pid)),
             }
             print(f"ready after {result['ready_seconds']} s")
             print(f"memory (PSS) of {result['processes']} processes: {result['pss_megabytes']} MB")
@@ -87,7 +87,7 @@ async def all_users(port: int, users: int, tokens: int) -> list[list[float]]:
 
 async def chat(port: int, tokens: int) -> list[float]:
     """One user's times between tokens, in seconds."""
-    times = []
+    times: list[float] = []
     async with connect(f"ws://127.0.0.1:{port}/api/v2/generate", compression=None) as websocket:
         await websocket.send(json.dumps({"type": "open_inference_session", "max_length": 1024}))
         request = {"type": "generate", "inputs": PROMPT, "max_new_tokens": 1, "stop_sequence": "\n\n\n"}
@@ -111,25 +111,6 @@ def wait_until_ready(port: int) -> None:
         except (urllib.error.URLError, OSError):
             time.sleep(0.05)
     raise SystemExit("the server did not become ready")
-
-
-def family(pid: int) -> list[psutil.Process]:
-    process = psutil.Process(pid)
-    return [process, *process.children(recursive=True)]
-
-
-def pss_megabytes(pid: int) -> float:
-    kilobytes = 0
-    for process in family(pid):
-        for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                kilobytes += int(line.split()[1])
-    return kilobytes * 1024 / 1e6
-
-
-def cpu_seconds(pid: int) -> float:
-    times = [process.cpu_times() for process in family(pid)]
-    return float(sum(t.user + t.system for t in times))
 
 
 def free_port() -> int:

@@ -69,7 +69,9 @@ class FakeEngine:
         self.running = 0
         self.tokens_pulled = 0
 
-    async def open_session(self, model_key: str, max_length: int) -> FakeSession:
+    async def open_session(
+        self, model_key: str, max_length: int, *, owner: str = "", is_stateless: bool = False
+    ) -> FakeSession:
         await self.may_open.wait()
         if self.open_error is not None:
             raise self.open_error

@@ -135,7 +135,7 @@ def running_host(model: Path, *arguments: str, initial_peers: Sequence[str] = ()
         host.family()
         host.close_stdin()
         assert host.wait() == 0, host.stderr()
-        assert host.stderr() == ""
+        assert host.stderr() == "", host.stderr()
         assert host.survivors() == []
     finally:
         host.release()

@@ -150,10 +150,9 @@ class AttentionCacheFullError(CapacityError):
 
     code = "attention_cache_full"
 
-    def __init__(self) -> None:
+    def __init__(self, reason: str = "too many sessions are open at once") -> None:
         super().__init__(
-            "the swarm's attention cache is full: too many sessions are open at once. Try again in a moment, "
-            "or add a host to the swarm"
+            f"the swarm's attention cache is full: {reason}. Try again in a moment, or add a host to the swarm"
         )
 
 

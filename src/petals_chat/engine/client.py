@@ -17,6 +17,7 @@ from petals_chat.protocol.messages import (
     Command,
     Event,
     Generate,
+    GenerationQueued,
     GenerationRequest,
     OpenSession,
     RequestFailed,
@@ -34,7 +35,7 @@ READ_BYTES = 1 << 16
 WINDOW_CHUNKS = 16
 """Chunks of one generation that may be on their way: enough to hide the socket's delay, little to buffer."""
 
-Answer = SessionOpened | SessionClosed | ChunkGenerated | RequestFailed
+Answer = SessionOpened | SessionClosed | ChunkGenerated | GenerationQueued | RequestFailed
 
 
 class WorkerConnection:
@@ -90,11 +91,12 @@ class WorkerConnection:
         self._send(command)
         return await self._started
 
-    async def open_session(self, session_id: str, max_length: int) -> None:
+    async def open_session(self, session_id: str, max_length: int, *, owner: str, is_stateless: bool) -> None:
         """Open a session under an id of the caller's choice."""
         request_id = next(self._request_ids)
+        command = OpenSession(request_id, session_id, max_length, owner, is_stateless)
         try:
-            await self._ask(OpenSession(request_id, session_id, max_length), request_id)
+            await self._ask(command, request_id)
         except asyncio.CancelledError:
             self._send(CloseSession(next(self._request_ids), session_id))  # nobody will own it
             raise
@@ -118,9 +120,18 @@ class WorkerConnection:
                 if isinstance(answer, RequestFailed):
                     ended = True
                     raise error_from_report(answer.error)
+                if isinstance(answer, GenerationQueued):
+                    yield Chunk("", 0, queue_place=answer.place)
+                    continue
                 assert isinstance(answer, ChunkGenerated)
                 ended = answer.finish_reason is not None
-                yield Chunk(answer.text, answer.token_count, answer.finish_reason, answer.prompt_tokens)
+                yield Chunk(
+                    answer.text,
+                    answer.token_count,
+                    answer.finish_reason,
+                    answer.prompt_tokens,
+                    answer.cached_tokens,
+                )
                 unacknowledged += 1
                 if unacknowledged >= WINDOW_CHUNKS // 2 and not ended:
                     self._send(AcknowledgeChunks(request_id, unacknowledged))

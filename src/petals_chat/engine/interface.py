@@ -21,12 +21,19 @@ from petals_chat.protocol.messages import (
 
 
 class Chunk(msgspec.Struct, frozen=True):
-    """A piece of generated text that cuts no character; the last one has a ``finish_reason``."""
+    """A piece of generated text that cuts no character; the last one has a ``finish_reason``.
+
+    While a generation waits for room in the swarm's attention caches, chunks without text tell its place.
+    """
 
     text: str
     token_count: int
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompt's tokens, those that were processed for an earlier request."""
+    queue_place: int | None = None
+    """1 = next."""
 
 
 class ModelState(enum.StrEnum):
@@ -82,8 +89,14 @@ class Engine(Protocol):
     def statuses(self) -> Mapping[str, ModelStatus]:
         """By model key. Reading it never waits."""
 
-    async def open_session(self, model_key: str, max_length: int) -> EngineSession:
+    async def open_session(
+        self, model_key: str, max_length: int, *, owner: str = "", is_stateless: bool = False
+    ) -> EngineSession:
         """Open a session of at most ``max_length`` tokens.
+
+        Args:
+            owner: whose it is; owners take turns where there is a queue.
+            is_stateless: it is for one request, which may go on from the context of an earlier one of its owner.
 
         Raises:
             ModelLoadingError, ModelUnavailableError: there is no worker to open it.

@@ -1,29 +1,21 @@
-"""An inference session in the worker: its token history, and generation in it.
-
-A session *is* its token history. The attention caches in the swarm are a copy of it that can be lost or
-dropped at any time and is rebuilt by replaying the history; `Session` alone decides when.
-"""
+"""An inference session in the worker: generation in a context, one request at a time."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
+from petals_chat.engine.contexts import Context, Swarm
+from petals_chat.engine.prefixes import PrefixStore
 from petals_chat.engine.tokenizer import Tokenizer
 from petals_chat.errors import InvalidParameterError, MaximumLengthExceededError
 from petals_chat.generation.detokenize import IncrementalDetokenizer
 from petals_chat.generation.sampling import TokenSampler
 from petals_chat.generation.stopping import StopMatcher
 from petals_chat.head.batcher import HeadBatcher
-from petals_chat.head.modules import ClientModules
 from petals_chat.protocol.messages import FinishReason, GenerationRequest
-
-SWARM_ROOM_TOKENS = 256
-"""Room for new tokens that a swarm session is opened with, unless the request asks for fewer: what clients allow
-is often far more than what comes."""
 
 
 class ChunkConsumer(Protocol):
@@ -33,59 +25,50 @@ class ChunkConsumer(Protocol):
     """True = nobody wants more; the generation ends after the step that is on its way."""
 
     async def take(
-        self, text: str, token_count: int, finish_reason: FinishReason | None, prompt_tokens: int
+        self, text: str, token_count: int, finish_reason: FinishReason | None, usage: Usage
     ) -> None:
         """Take a chunk; waits while the client is slow. The last chunk has a ``finish_reason``."""
 
+    def queued(self, place: int) -> None:
+        """The generation waits for room in the swarm, and has this place in the queue; 1 = next."""
 
-class SwarmSession(Protocol):
-    """Attention caches in the swarm; see `petals_chat.swarm.client.SwarmSession`."""
 
-    max_length: int
-    position: int
+class Usage:
+    """What a request's own input took."""
 
-    async def step(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Hidden states [1, tokens, hidden_size] through all blocks."""
-
-    async def close(self) -> None:
-        """Free the servers' memory."""
+    prompt_tokens = 0
+    cached_tokens = 0
+    """Tokens of it that were processed for an earlier request."""
 
 
 class Model:
-    """What all sessions of a worker share.
-
-    Args:
-        prefill_chunk_tokens: longest piece of a prompt sent as one step.
-        open_swarm_session: makes attention caches for a number of tokens.
-    """
+    """What all sessions of a worker share."""
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        modules: ClientModules,
-        batcher: HeadBatcher,
-        *,
-        prefill_chunk_tokens: int,
-        open_swarm_session: Callable[[int], SwarmSession],
+        self, tokenizer: Tokenizer, batcher: HeadBatcher, swarm: Swarm, prefixes: PrefixStore
     ) -> None:
         self.tokenizer = tokenizer
-        self.modules = modules
         self.batcher = batcher
-        self.prefill_chunk_tokens = prefill_chunk_tokens
-        self.open_swarm_session = open_swarm_session
-        self.tokens_generated = 0
+        self.swarm = swarm
+        self.prefixes = prefixes
 
 
 class Session:
-    """A context of at most ``max_length`` tokens that grows with each generation, one generation at a time."""
+    """A context of at most ``max_length`` tokens that grows with each generation, one generation at a time.
 
-    def __init__(self, model: Model, max_length: int) -> None:
+    Args:
+        owner: whose it is; the owners take turns where there is a queue.
+        is_stateless: it is for one request, which may go on from the context of an earlier one of its owner.
+    """
+
+    def __init__(self, model: Model, owner: str, max_length: int, *, is_stateless: bool = False) -> None:
         self.max_length = max_length
         self._model = model
-        self._tokens: list[int] = []
-        self._swarm_session: SwarmSession | None = None
+        self._is_stateless = is_stateless
+        self._context = Context(model.swarm, owner, max_length)
         self._detokenizer = IncrementalDetokenizer(model.tokenizer.decode)
         self._turn = asyncio.Lock()
+        self._is_closed = False
 
     async def generate(self, request: GenerationRequest, consumer: ChunkConsumer) -> None:
         """Add the request's inputs and generate, waiting for an earlier generation to end.
@@ -97,53 +80,81 @@ class Session:
             SwarmError, CapacityError: the swarm cannot do it now.
         """
         async with self._turn:
-            length_before = len(self._tokens)
+            length_before = len(self._context.tokens)
+            self._model.swarm.rooms.busy(self._context)
             try:
-                self._add_inputs(request)
-                await self._generate(request, consumer, len(self._tokens) - length_before)
+                usage = self._add_inputs(request)
+                await self._generate(request, consumer, usage)
             except BaseException:
-                del self._tokens[length_before:]
-                await self._drop_swarm_session()
+                await self._context.drop_caches()
+                self._context.truncate(length_before)
                 raise
+            finally:
+                self._model.swarm.rooms.idle(self._context)
 
     async def close(self) -> None:
-        """Free the swarm's memory, when the running generation has ended."""
+        """Free the swarm's memory, when the running generation has ended. Closing twice is no error."""
         async with self._turn:
-            await self._drop_swarm_session()
+            if self._is_closed:
+                return
+            self._is_closed = True
+            if self._is_stateless and self._context.cached_tokens:
+                await self._model.prefixes.park(self._context)
+            else:
+                await self._context.drop_caches()
 
-    def _add_inputs(self, request: GenerationRequest) -> None:
+    def _add_inputs(self, request: GenerationRequest) -> Usage:
+        tokens = self._context.tokens
+        new_tokens: list[int] = []
         if request.inputs is not None:
-            self._tokens += self._model.tokenizer.encode(request.inputs, at_start=not self._tokens)
-        if not self._tokens:
+            new_tokens = self._model.tokenizer.encode(request.inputs, at_start=not tokens)
+        length = len(tokens) + len(new_tokens)
+        if length == 0:
             raise InvalidParameterError("inputs", "a new session needs some text to begin with")
         limit = min(self.max_length, request.max_length or self.max_length)
-        if len(self._tokens) >= limit:
+        if length >= limit:
             raise MaximumLengthExceededError(
-                f"the context has {len(self._tokens)} tokens with this input, which leaves no room for an "
+                f"the context has {length} tokens with this input, which leaves no room for an "
                 f"answer within the {limit} tokens allowed",
                 limit=limit,
             )
+        usage = Usage()
+        usage.prompt_tokens = len(new_tokens)
+        if self._is_stateless and not tokens:
+            usage.cached_tokens = self._go_on_from_prefix(new_tokens)
+        self._context.tokens += new_tokens[usage.cached_tokens :]
         if request.inputs is not None:
-            self._detokenizer.start_after(self._tokens)
+            self._detokenizer.start_after(self._context.tokens)
+        return usage
 
-    async def _generate(
-        self, request: GenerationRequest, consumer: ChunkConsumer, prompt_tokens: int
-    ) -> None:
-        model = self._model
-        sampler = TokenSampler(request.sampling, model.modules.vocab_size, self._tokens)
+    def _go_on_from_prefix(self, tokens: list[int]) -> int:
+        """Take over an idle context that ``tokens`` extend, if there is one; returns its length."""
+        context = self._model.prefixes.take(self._context.owner, tokens, self.max_length)
+        if context is None:
+            return 0
+        self._context = context
+        self._model.swarm.rooms.busy(context)
+        counts = self._model.swarm.counts
+        counts.prefix_hits += 1
+        counts.prefix_tokens += len(context.tokens)
+        return len(context.tokens)
+
+    async def _generate(self, request: GenerationRequest, consumer: ChunkConsumer, usage: Usage) -> None:
+        model, tokens = self._model, self._context.tokens
+        sampler = TokenSampler(request.sampling, model.swarm.modules.vocab_size, tokens)
         stop_matcher = StopMatcher(request.stop_sequences)
         text, generated, in_chunk = "", 0, 0
         finish_reason: FinishReason | None = None
         while finish_reason is None:
-            hidden_state = await self._feed_swarm(request.max_new_tokens, consumer)
+            hidden_state = await self._feed(request, generated, consumer)
             if hidden_state is None:
-                await consumer.take(text, in_chunk, FinishReason.CANCELLED, prompt_tokens)
+                await consumer.take(text, in_chunk, FinishReason.CANCELLED, usage)
                 return
             token = await model.batcher.next_token(hidden_state, sampler)
-            self._tokens.append(token)
+            tokens.append(token)
             sampler.add(token)
             generated, in_chunk = generated + 1, in_chunk + 1
-            model.tokens_generated += 1
+            model.swarm.counts.tokens_generated += 1
 
             piece = self._detokenizer.add(token)
             stop_end = stop_matcher.add(piece) if piece else None
@@ -154,43 +165,23 @@ class Session:
                 finish_reason = self._finish_reason(request, token, generated, consumer)
             chunk_is_full = request.chunk_tokens is not None and in_chunk >= request.chunk_tokens
             if finish_reason or (chunk_is_full and not self._detokenizer.holds_tokens):
-                await consumer.take(text, in_chunk, finish_reason, prompt_tokens)
+                await consumer.take(text, in_chunk, finish_reason, usage)
                 text, in_chunk = "", 0
+
+    async def _feed(
+        self, request: GenerationRequest, generated: int, consumer: ChunkConsumer
+    ) -> torch.Tensor | None:
+        new_tokens = None if request.max_new_tokens is None else request.max_new_tokens - generated
+        return await self._context.feed(new_tokens, consumer.queued, lambda: consumer.cancelled)
 
     def _finish_reason(
         self, request: GenerationRequest, token: int, generated: int, consumer: ChunkConsumer
     ) -> FinishReason | None:
+        length = len(self._context.tokens)
         if token in self._model.tokenizer.end_of_sequence_ids:
             return FinishReason.END_OF_SEQUENCE
-        if generated == request.max_new_tokens or len(self._tokens) == request.max_length:
+        if generated == request.max_new_tokens or length == request.max_length:
             return FinishReason.LENGTH
-        if len(self._tokens) >= self.max_length:
+        if length >= self.max_length:
             return FinishReason.CONTEXT_FULL
         return FinishReason.CANCELLED if consumer.cancelled else None
-
-    async def _feed_swarm(self, max_new_tokens: int | None, consumer: ChunkConsumer) -> torch.Tensor | None:
-        """Send what the swarm has not seen of the history.
-
-        Returns:
-            The hidden state [hidden_size] of the history's last token; None if cancelled on the way to it.
-        """
-        if self._swarm_session is None or self._swarm_session.max_length < len(self._tokens):
-            await self._drop_swarm_session()
-            room = min(max_new_tokens or SWARM_ROOM_TOKENS, SWARM_ROOM_TOKENS)
-            # A power of two: a session that grows is replayed once for each doubling, not for each request.
-            size = 1 << (len(self._tokens) + room - 1).bit_length()
-            self._swarm_session = self._model.open_swarm_session(min(size, self.max_length))
-        swarm = self._swarm_session
-        with torch.inference_mode():
-            while True:
-                end = min(swarm.position + self._model.prefill_chunk_tokens, len(self._tokens))
-                outputs = await swarm.step(self._model.modules.embed(self._tokens[swarm.position : end]))
-                if end == len(self._tokens):
-                    return outputs[0, -1]
-                if consumer.cancelled:
-                    return None
-
-    async def _drop_swarm_session(self) -> None:
-        if self._swarm_session is not None:
-            swarm, self._swarm_session = self._swarm_session, None
-            await swarm.close()

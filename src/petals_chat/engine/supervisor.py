@@ -1,7 +1,7 @@
-"""The engine: for each model a worker process and, for a private swarm, a Petals host, kept alive.
+"""The engine: for each model its worker processes and, for a private swarm, a Petals host, kept alive.
 
-A process that ends is started again, after a pause that doubles with each failure in a row. A model whose
-worker is not running fails its requests at once with the reason; other models and the gateway go on.
+A process that ends is started again, after a pause that doubles with each failure in a row. A model of which
+no worker is running fails its requests at once with the reason; other models and the gateway go on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import logging
 import os
 import socket
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NoReturn, Self
 
@@ -43,6 +44,11 @@ LONGEST_PAUSE_SECONDS = 60.0
 STABLE_AFTER_SECONDS = 30.0
 """A process that ran this long has not failed in a row with the one before it."""
 
+PREFERENCE_SESSIONS = 4
+"""A worker may have this many sessions more than twice those of the least busy one, and still is preferred by
+owners whose contexts it has."""
+MAX_REMEMBERED_OWNERS = 10_000
+
 HOST_MODULE = "petals_chat"
 WORKER_MODULE = "petals_chat.engine.worker"
 
@@ -61,13 +67,15 @@ class ProcessEngine:
         """By model key. Reading it never waits."""
         return {key: model.status for key, model in self._models.items()}
 
-    async def open_session(self, model_key: str, max_length: int) -> ProcessSession:
+    async def open_session(
+        self, model_key: str, max_length: int, *, owner: str = "", is_stateless: bool = False
+    ) -> ProcessSession:
         """See `petals_chat.engine.interface.Engine.open_session`."""
-        return await self._models[model_key].open_session(max_length)
+        return await self._models[model_key].open_session(max_length, owner, is_stateless=is_stateless)
 
     async def wait_until_settled(self) -> None:
         """Wait until every model is ready or is known not to be."""
-        await asyncio.gather(*(model.settled.wait() for model in self._models.values()))
+        await asyncio.gather(*(model.wait_until_settled() for model in self._models.values()))
 
     async def __aenter__(self) -> Self:
         self._tasks = [asyncio.create_task(model.run()) for model in self._models.values()]
@@ -82,8 +90,11 @@ class ProcessEngine:
 class ProcessSession:
     """A session in a worker process; see `petals_chat.engine.interface.EngineSession`."""
 
-    def __init__(self, worker: WorkerConnection, session_id: str, max_length: int) -> None:
+    def __init__(
+        self, worker: WorkerConnection, session_id: str, max_length: int, *, on_close: Callable[[], None]
+    ) -> None:
         self._worker = worker
+        self._on_close: Callable[[], None] | None = on_close
         self.session_id = session_id
         self.max_length = max_length
 
@@ -93,102 +104,153 @@ class ProcessSession:
 
     async def close(self) -> None:
         """Free the session; a worker that is gone has freed it already."""
+        on_close, self._on_close = self._on_close, None
+        if on_close:
+            on_close()
         with contextlib.suppress(WorkerLostError):
             await self._worker.close_session(self.session_id)
 
 
 class _ServedModel:
-    """One model: its host, if its swarm is a private one of this machine, and its worker."""
+    """One model: its host, if its swarm is a private one of this machine, and its workers."""
 
     def __init__(self, settings: Settings, model: ModelSettings, index: int) -> None:
-        self._settings = settings
         self._model = model
-        self._worker: WorkerConnection | None = None
-        self._started: WorkerStarted | None = None
-        self._report: StatusReported | None = None
-        self._error: ErrorReport | None = None
-        self.settled = asyncio.Event()
         peers = settings.swarm.initial_peers if model.initial_peers is None else model.initial_peers
         self._host = None if peers else _PrivateHost(settings, model, index)
-        self._peers = peers
+        self._workers = [_Worker(settings, model, peers, self._host) for _ in range(settings.engine.workers)]
+        self._worker_of_owner: OrderedDict[str, _Worker] = OrderedDict()
 
     @property
     def status(self) -> ModelStatus:
-        missing: tuple[int, ...] = ()
-        if self._worker is None or self._started is None:
-            state = ModelState.UNAVAILABLE if self._error else ModelState.LOADING
-        else:
-            missing = self._missing_blocks(self._started.num_blocks)
-            state = ModelState.BROKEN if missing else ModelState.READY
-        return ModelStatus(state, self._error, missing, self._started, self._report)
+        ready = [worker for worker in self._workers if worker.started]
+        error = next((worker.error for worker in self._workers if worker.error), None)
+        if not ready:
+            return ModelStatus(ModelState.UNAVAILABLE if error else ModelState.LOADING, error)
+        started = ready[0].started
+        assert started
+        report = _sum_of([worker.report for worker in ready if worker.report])
+        missing = _missing_blocks(report, started.num_blocks)
+        return ModelStatus(
+            ModelState.BROKEN if missing else ModelState.READY, error, missing, started, report
+        )
 
-    def _missing_blocks(self, num_blocks: int) -> tuple[int, ...]:
-        if self._report is None:
-            return ()
-        held = {block for peer in self._report.peers for block in range(peer.start, peer.end)}
-        return tuple(block for block in range(num_blocks) if block not in held)
+    async def wait_until_settled(self) -> None:
+        await asyncio.gather(*(worker.settled.wait() for worker in self._workers))
 
-    async def open_session(self, max_length: int) -> ProcessSession:
-        if self._worker is None or self._started is None:
-            if self._error:
-                raise ModelUnavailableError(self._model.key) from error_from_report(self._error)
+    async def open_session(self, max_length: int, owner: str, *, is_stateless: bool) -> ProcessSession:
+        worker = self._choose_worker(owner if is_stateless else None)
+        if worker is None:
+            if error := self.status.error:
+                raise ModelUnavailableError(self._model.key) from error_from_report(error)
             raise ModelLoadingError(self._model.key)
-        limit = self._started.max_session_length
+        return await worker.open_session(max_length, owner, is_stateless=is_stateless)
+
+    def _choose_worker(self, owner: str | None) -> _Worker | None:
+        """The one with the fewest sessions; for an owner whose contexts may be reused, the one that has them.
+
+        None if no worker is ready.
+        """
+        ready = [worker for worker in self._workers if worker.started]
+        if not ready:
+            return None
+        least = min(ready, key=lambda worker: worker.sessions)
+        if owner is None or len(self._workers) == 1:
+            return least
+        chosen = self._worker_of_owner.pop(owner, least)
+        if chosen not in ready or chosen.sessions > 2 * least.sessions + PREFERENCE_SESSIONS:
+            chosen = least
+        self._worker_of_owner[owner] = chosen
+        if len(self._worker_of_owner) > MAX_REMEMBERED_OWNERS:
+            self._worker_of_owner.popitem(last=False)
+        return chosen
+
+    async def run(self) -> None:
+        """Keep the processes running until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            if self._host:
+                tasks.create_task(
+                    _keep_running(f"host of {self._model.key}", self._host.run, self._note_error)
+                )
+            for worker in self._workers:
+                tasks.create_task(
+                    _keep_running(f"worker of {self._model.key}", worker.run, worker.note_error)
+                )
+
+    def _note_error(self, error: ErrorReport) -> None:
+        for worker in self._workers:
+            worker.note_error(error)
+
+
+class _Worker:
+    """One of a model's worker processes, which can be started again and again."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: ModelSettings,
+        peers: Literal["public"] | tuple[str, ...],
+        host: _PrivateHost | None,
+    ) -> None:
+        self._settings = settings
+        self._model = model
+        self._peers = peers
+        self._host = host
+        self._connection: WorkerConnection | None = None
+        self.started: WorkerStarted | None = None
+        """None while it does not run."""
+        self.report: StatusReported | None = None
+        self.error: ErrorReport | None = None
+        """Why it does not run."""
+        self.sessions = 0
+        """Open ones."""
+        self.settled = asyncio.Event()
+        """Set when it is known whether the worker can serve."""
+
+    def note_error(self, error: ErrorReport) -> None:
+        self.error = error
+        self.settled.set()
+
+    async def open_session(self, max_length: int, owner: str, *, is_stateless: bool) -> ProcessSession:
+        connection, started = self._connection, self.started
+        assert connection is not None, "only workers that run are chosen"
+        assert started is not None
+        limit = started.max_session_length
         if max_length > limit:
             raise MaximumLengthExceededError(
                 f"max_length {max_length} is over the {limit} tokens that a session of this model may have",
                 limit=limit,
             )
         session_id = str(uuid.uuid4())
-        worker = self._worker
-        await worker.open_session(session_id, max_length)
-        return ProcessSession(worker, session_id, max_length)
+        self.sessions += 1
+        try:
+            await connection.open_session(session_id, max_length, owner=owner, is_stateless=is_stateless)
+        except BaseException:
+            self._session_ended()
+            raise
+        return ProcessSession(connection, session_id, max_length, on_close=self._session_ended)
 
-    async def run(self) -> None:
-        """Keep the processes running until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            if self._host:
-                tasks.create_task(self._keep_running("host", self._host.run))
-            tasks.create_task(self._keep_running("worker", self._run_worker))
+    def _session_ended(self) -> None:
+        self.sessions -= 1
 
-    async def _keep_running(self, what: str, run: Callable[[], Awaitable[NoReturn]]) -> NoReturn:
-        loop = asyncio.get_running_loop()
-        pause = FIRST_PAUSE_SECONDS
-        while True:
-            began = loop.time()
-            try:
-                await run()
-            except PetalsChatError as error:
-                self._error = error.report()
-                logger.warning("%s of %s: %s", what, self._model.key, error.message)
-            except OSError:
-                self._error = InternalError().report()
-                logger.exception("%s of %s cannot be started", what, self._model.key)
-            self.settled.set()
-            if loop.time() - began >= STABLE_AFTER_SECONDS:
-                pause = FIRST_PAUSE_SECONDS
-            logger.info("starting the %s of %s again in %g s", what, self._model.key, pause)
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-
-    async def _run_worker(self) -> NoReturn:
-        """Start the worker and attend to it until it ends, which always raises."""
+    async def run(self) -> NoReturn:
+        """Start the process and attend to it until it ends, which always raises."""
         ours, theirs = socket.socketpair()
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         with theirs:
             process = await ChildProcess.start(
                 WORKER_MODULE, str(theirs.fileno()), pass_fds=[theirs.fileno()]
             )
-        worker = WorkerConnection(self._model.key, reader, writer, self._receive_status)
-        attending = asyncio.create_task(worker.run())
+        connection = WorkerConnection(self._model.key, reader, writer, self._receive_status)
+        attending = asyncio.create_task(connection.run())
         ended = asyncio.create_task(process.wait())
         # A forked daemon of a killed worker may keep its end of the socket open: the process's end counts.
         ended.add_done_callback(lambda _: attending.cancel())
         try:
             async with asyncio.timeout(self._settings.engine.start_timeout_seconds):
                 # The worker imports its libraries while the host still starts.
-                started = await worker.start(await self._start_command())
-            self._worker, self._started, self._error = worker, started, None
+                started = await connection.start(await self._start_command())
+            self._connection, self.started, self.error = connection, started, None
             logger.info("%s is ready", self._model.key)
             self.settled.set()
             await ended
@@ -199,18 +261,19 @@ class _ServedModel:
                 "(engine.start_timeout_seconds)"
             ) from None
         finally:
-            self._worker = self._started = self._report = None
+            self._connection = self.started = self.report = None
             writer.close()
             await process.stop()
             attending.cancel()
             await asyncio.gather(attending, ended, return_exceptions=True)
 
     def _receive_status(self, report: StatusReported) -> None:
-        self._report = report
+        self.report = report
 
     async def _start_command(self) -> StartWorker:
         model, swarm, engine = self._model, self._settings.swarm, self._settings.engine
-        peers: Literal["public"] | tuple[str, ...] = self._peers
+        limits = self._settings.limits
+        peers = self._peers
         dht_prefix = model.dht_prefix or swarm.dht_prefix
         if self._host:
             ready = await self._host.ready()
@@ -226,11 +289,54 @@ class _ServedModel:
             threads=engine.threads,
             max_session_length=model.chat.max_session_length,
             prefill_chunk_tokens=swarm.prefill_chunk_tokens,
+            max_waiting=limits.max_waiting_generations,
+            queue_timeout=limits.queue_timeout_seconds,
+            cache_idle_timeout=swarm.cache_idle_timeout_seconds,
+            prefix_idle_timeout=limits.session_idle_timeout_seconds if engine.reuse_prefixes else 0,
             max_retries=swarm.max_retries,
             request_timeout=swarm.request_timeout_seconds,
             connect_timeout=swarm.connect_timeout_seconds,
             update_period=swarm.update_period_seconds,
         )
+
+
+async def _keep_running(
+    what: str, run: Callable[[], Awaitable[NoReturn]], note_error: Callable[[ErrorReport], None]
+) -> NoReturn:
+    """Start a process again whenever it has ended, after a pause that doubles with each failure in a row."""
+    loop = asyncio.get_running_loop()
+    pause = FIRST_PAUSE_SECONDS
+    while True:
+        began = loop.time()
+        try:
+            await run()
+        except PetalsChatError as error:
+            note_error(error.report())
+            logger.warning("%s: %s", what, error.message)
+        except OSError:
+            note_error(InternalError().report())
+            logger.exception("%s cannot be started", what)
+        if loop.time() - began >= STABLE_AFTER_SECONDS:
+            pause = FIRST_PAUSE_SECONDS
+        logger.info("starting the %s again in %g s", what, pause)
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+
+def _sum_of(reports: Sequence[StatusReported]) -> StatusReported | None:
+    """What the workers of a model report together; each sees the same swarm."""
+    if len(reports) <= 1:
+        return reports[0] if reports else None
+    counts = [name for name, value in msgspec.structs.asdict(reports[0]).items() if isinstance(value, int)]
+    sums = {name: sum(getattr(report, name) for report in reports) for name in counts}
+    return msgspec.structs.replace(reports[0], **sums)
+
+
+def _missing_blocks(report: StatusReported | None, num_blocks: int) -> tuple[int, ...]:
+    if report is None:
+        return ()
+    held = {block for peer in report.peers for block in range(peer.start, peer.end)}
+    return tuple(block for block in range(num_blocks) if block not in held)
 
 
 class _HostReady(msgspec.Struct, frozen=True):

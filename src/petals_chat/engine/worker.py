@@ -18,7 +18,10 @@ from collections.abc import Callable, Coroutine
 
 import torch
 
-from petals_chat.engine.sessions import Model, Session
+from petals_chat.engine.contexts import Swarm
+from petals_chat.engine.prefixes import PrefixStore
+from petals_chat.engine.rooms import RoomQueue
+from petals_chat.engine.sessions import Model, Session, Usage
 from petals_chat.engine.tokenizer import Tokenizer
 from petals_chat.errors import InternalError, PetalsChatError, SessionExpiredError
 from petals_chat.head.batcher import HeadBatcher
@@ -35,6 +38,7 @@ from petals_chat.protocol.messages import (
     Event,
     FinishReason,
     Generate,
+    GenerationQueued,
     OpenSession,
     RequestFailed,
     SessionClosed,
@@ -70,10 +74,22 @@ class _Generation:
         await self.session.generate(self._command.request, self)
 
     async def take(
-        self, text: str, token_count: int, finish_reason: FinishReason | None, prompt_tokens: int
+        self, text: str, token_count: int, finish_reason: FinishReason | None, usage: Usage
     ) -> None:
         await self._window.acquire()
-        self._send(ChunkGenerated(self._command.request_id, text, token_count, finish_reason, prompt_tokens))
+        self._send(
+            ChunkGenerated(
+                self._command.request_id,
+                text,
+                token_count,
+                finish_reason,
+                usage.prompt_tokens,
+                usage.cached_tokens,
+            )
+        )
+
+    def queued(self, place: int) -> None:
+        self._send(GenerationQueued(self._command.request_id, place))
 
     def acknowledge(self, count: int) -> None:
         for _ in range(count):
@@ -112,6 +128,7 @@ class Worker:
         background = [
             asyncio.create_task(self._report_status()),
             asyncio.create_task(self._swarm.stay_joined()),
+            asyncio.create_task(self._model.swarm.rooms.expire_idle()),
         ]
         try:
             while data := await self._reader.read(READ_BYTES):
@@ -125,11 +142,14 @@ class Worker:
             closing = [asyncio.create_task(session.close()) for session in self._sessions.values()]
             if pending := [*closing, *self._tasks]:
                 await asyncio.wait(pending, timeout=CLOSE_TIMEOUT_SECONDS)
+            await self._model.prefixes.clear()
 
     def _execute(self, command: Command) -> None:
         match command:
             case OpenSession():
-                self._sessions[command.session_id] = Session(self._model, command.max_length)
+                self._sessions[command.session_id] = Session(
+                    self._model, command.owner, command.max_length, is_stateless=command.is_stateless
+                )
                 self._send(SessionOpened(command.request_id))
             case Generate():
                 self._start(command.request_id, self._generate(command))
@@ -180,13 +200,21 @@ class Worker:
         self._send(SessionClosed(command.request_id))
 
     async def _report_status(self) -> None:
+        rooms, counts = self._model.swarm.rooms, self._model.swarm.counts
         while True:
             self._send(
                 StatusReported(
                     open_sessions=len(self._sessions),
                     running_generations=len(self._generations),
-                    tokens_generated=self._model.tokens_generated,
+                    tokens_generated=counts.tokens_generated,
                     peers=self._swarm.peers(),
+                    resident_sessions=rooms.residents,
+                    waiting_generations=rooms.waiting,
+                    tokens_processed=counts.tokens_processed,
+                    tokens_replayed=counts.tokens_replayed,
+                    prefix_hits=counts.prefix_hits,
+                    prefix_tokens=counts.prefix_tokens,
+                    caches_given_back=counts.caches_given_back,
                 )
             )
             await asyncio.sleep(STATUS_PERIOD_SECONDS)
@@ -232,12 +260,16 @@ def _load(command: StartWorker) -> tuple[Model, SwarmClient, WorkerStarted]:
     device = resolve_device(command.device)
     dtype = resolve_dtype(command.dtype, device)
     modules = load_client_modules(checkpoint, device=device, dtype=dtype)
+    rooms = RoomQueue(
+        max_waiting=command.max_waiting,
+        timeout=command.queue_timeout,
+        idle_timeout=command.cache_idle_timeout,
+    )
     model = Model(
         Tokenizer(command.repository, command.revision, config),
-        modules,
         HeadBatcher(modules),
-        prefill_chunk_tokens=command.prefill_chunk_tokens,
-        open_swarm_session=swarm.open_session,
+        Swarm(modules, swarm.open_session, rooms, prefill_chunk_tokens=command.prefill_chunk_tokens),
+        PrefixStore(idle_timeout=command.prefix_idle_timeout),
     )
     return (
         model,

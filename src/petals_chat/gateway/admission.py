@@ -62,7 +62,9 @@ class LimitedEngine:
         """See `Engine.statuses`."""
         return self._engine.statuses
 
-    async def open_session(self, model_key: str, max_length: int) -> EngineSession:
+    async def open_session(
+        self, model_key: str, max_length: int, *, owner: str = "", is_stateless: bool = False
+    ) -> EngineSession:
         """See `Engine.open_session`.
 
         Raises:
@@ -70,7 +72,9 @@ class LimitedEngine:
         """
         self._sessions.take()
         try:
-            session = await self._engine.open_session(model_key, max_length)
+            session = await self._engine.open_session(
+                model_key, max_length, owner=owner, is_stateless=is_stateless
+            )
         except BaseException:
             self._sessions.free()
             raise

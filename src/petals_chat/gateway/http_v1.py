@@ -22,6 +22,7 @@ from petals_chat.gateway.error_responses import ErrorReply, ErrorResponses
 from petals_chat.gateway.models import ModelRegistry
 from petals_chat.gateway.openapi import query_parameters, request_body
 from petals_chat.gateway.origins import is_same_origin
+from petals_chat.gateway.owners import owner_of
 from petals_chat.gateway.parameters import (
     DEFAULT_SESSION_LENGTH,
     GenerationParametersV1,
@@ -147,16 +148,17 @@ class HttpV1:
         same_origin = is_same_origin(request)
         if parameters.session_id is None:
             model = self._models.find_usable(parameters.model, same_origin=same_origin)
-            return await self._generate_alone(model, parameters)
+            return await self._generate_alone(model, parameters, owner_of(request))
         named = None if parameters.model is None else self._models.find(parameters.model)
         async with self._sessions.use(parameters.session_id, named, same_origin=same_origin) as session:
             return await _generate_in(session, parameters.single_chunk_request())
 
     async def _generate_alone(
-        self, model: ModelSettings, parameters: GenerationParametersV1
+        self, model: ModelSettings, parameters: GenerationParametersV1, owner: str
     ) -> GenerateReply:
         limit = self._session_limit(model)
-        session = await self._engine.open_session(model.key, min(limit, parameters.context_limit or limit))
+        length = min(limit, parameters.context_limit or limit)
+        session = await self._engine.open_session(model.key, length, owner=owner, is_stateless=True)
         try:
             return await _generate_in(session, parameters.single_chunk_request())
         finally:
@@ -167,7 +169,7 @@ class HttpV1:
         model = self._models.find_usable(parameters.model, same_origin=is_same_origin(request))
         max_length = parameters.max_length or min(DEFAULT_SESSION_LENGTH, self._session_limit(model))
         session_id = await self._sessions.open(
-            model, max_length, model_was_given=parameters.model is not None
+            model, max_length, owner=owner_of(request), model_was_given=parameters.model is not None
         )
         return OpenReply(session_id=session_id)
 

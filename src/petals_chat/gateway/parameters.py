@@ -33,6 +33,7 @@ _EXPECTED = {
     "inputs": "a text without lone surrogates",
     "max_new_tokens": "a whole number of at least 1",
     "max_length": "a whole number of at least 1",
+    "queue_places": "true, false, 1 or 0",
     "do_sample": "true, false, 1 or 0",
     "temperature": "a number from 0 to 100",
     "top_k": "a whole number of at least 0",
@@ -88,6 +89,8 @@ class SessionParameters(_Parameters):
 
     max_length: Annotated[TokenCount, Field(examples=[1024])]
     """Tokens of context that the session can hold: prompts and answers together."""
+    queue_places: bool = False
+    """Send a frame with ``queue_place`` whenever the place in the queue for the swarm's memory changes."""
 
 
 class GenerationParameters(_Parameters):

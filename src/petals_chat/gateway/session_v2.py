@@ -77,6 +77,11 @@ class _Reply(msgspec.Struct):
     token_count: int
 
 
+class _Place(msgspec.Struct):
+    ok: bool
+    queue_place: int
+
+
 _encode = msgspec.json.Encoder().encode
 _OPENED = SendFrame('{"ok":true}')
 
@@ -93,6 +98,7 @@ class SessionV2:
         self._limits = limits
         self._same_origin = same_origin
         self._opening: OpenSession | None = None
+        self._wants_queue_places = False
         self._pending: deque[OpenSession | StartGeneration | Fail] = deque()
         self._running: OpenSession | StartGeneration | None = None
         self._last_words = False
@@ -126,6 +132,8 @@ class SessionV2:
     def chunk_generated(self, chunk: Chunk) -> list[Action]:
         """The engine has generated a piece of text."""
         assert isinstance(self._running, StartGeneration)
+        if chunk.queue_place is not None:
+            return self._tell_place(chunk.queue_place)
         if self._running.request.stop_sequences:
             return self._stream(chunk)
         return self._collect(chunk)
@@ -144,6 +152,10 @@ class SessionV2:
         return self.failed(
             SessionExpiredError("of this connection", f"nothing was asked for in {seconds:g} s")
         )
+
+    def _tell_place(self, place: int) -> list[Action]:
+        """Clients that did not ask to be told see nothing new."""
+        return [SendFrame(_encode(_Place(True, place)).decode())] if self._wants_queue_places else []
 
     def _stream(self, chunk: Chunk) -> list[Action]:
         """Pass a chunk on. Only a stop text, the model's end or the asked length ends the client's turn."""
@@ -223,6 +235,7 @@ class SessionV2:
         parameters = parse(SessionParameters, message)
         model = self._models.find_usable(parameters.model, same_origin=self._same_origin)
         self._opening = OpenSession(model.key, parameters.max_length)
+        self._wants_queue_places = parameters.queue_places
         return self._opening
 
     def _parse_generate(self, message: Mapping[str, Any]) -> StartGeneration:

@@ -57,17 +57,18 @@ class SessionRegistry:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    async def open(self, model: ModelSettings, max_length: int, *, model_was_given: bool) -> str:
+    async def open(self, model: ModelSettings, max_length: int, *, owner: str, model_was_given: bool) -> str:
         """Open a session and return its id, a random UUID.
 
         Args:
             max_length: tokens of context.
+            owner: whose it is; owners take turns where there is a queue.
             model_was_given: the client named the model, and so has to name it in each request.
 
         Raises:
             PetalsChatError: what the engine raises.
         """
-        session = await self._engine.open_session(model.key, max_length)
+        session = await self._engine.open_session(model.key, max_length, owner=owner)
         self._sessions[session.session_id] = _OpenSession(session, model, model_was_given, _now())
         return session.session_id
 

@@ -22,6 +22,7 @@ from petals_chat.gateway.deadlines import deadline
 from petals_chat.gateway.error_responses import ErrorResponses
 from petals_chat.gateway.models import ModelRegistry
 from petals_chat.gateway.origins import is_same_origin
+from petals_chat.gateway.owners import owner_of
 from petals_chat.gateway.session_v2 import (
     Action,
     Fail,
@@ -142,7 +143,9 @@ class _Connection:
     async def _open(self, model_key: str, max_length: int) -> None:
         try:
             async with deadline(self._limits.request_timeout_seconds):
-                self._session = await self._engine.open_session(model_key, max_length)
+                self._session = await self._engine.open_session(
+                    model_key, max_length, owner=owner_of(self._websocket)
+                )
         except PetalsChatError as error:
             self._put(self._protocol.failed(error))
         else:

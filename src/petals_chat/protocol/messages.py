@@ -60,6 +60,13 @@ class StartWorker(msgspec.Struct, frozen=True, tag="start_worker"):
     threads: int
     max_session_length: int
     prefill_chunk_tokens: int
+    max_waiting: int
+    """Generations that may wait for room in the swarm's attention caches."""
+    queue_timeout: float
+    cache_idle_timeout: float
+    """After this time without use a session's attention caches are given back; the session stays."""
+    prefix_idle_timeout: float
+    """How long the context of a stateless request is kept for one that extends it; 0 = not at all."""
     max_retries: int
     request_timeout: float
     connect_timeout: float
@@ -72,6 +79,10 @@ class OpenSession(msgspec.Struct, frozen=True, tag="open_session"):
     request_id: int
     session_id: str
     max_length: int
+    owner: str = ""
+    """Whose it is, in words that mean nothing to the worker. Owners take turns where there is a queue."""
+    is_stateless: bool = False
+    """It is for one request, which may go on from the context of an earlier one of the same owner."""
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -187,6 +198,16 @@ class ChunkGenerated(msgspec.Struct, frozen=True, tag="chunk_generated", omit_de
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     """Tokens of the request's own input; given in the last chunk."""
+    cached_tokens: int = 0
+    """Those of them that were processed for an earlier request; given in the last chunk."""
+
+
+class GenerationQueued(msgspec.Struct, frozen=True, tag="generation_queued"):
+    """A `Generate` waits for room in the swarm; sent when that begins, and whenever the place changes."""
+
+    request_id: int
+    place: int
+    """1 = next."""
 
 
 class RequestFailed(msgspec.Struct, frozen=True, tag="request_failed"):
@@ -202,8 +223,21 @@ class StatusReported(msgspec.Struct, frozen=True, tag="status_reported"):
     open_sessions: int
     running_generations: int
     tokens_generated: int
-    """Since the worker started."""
+    """Since the worker started, as all counts here."""
     peers: tuple[SwarmPeer, ...]
+    resident_sessions: int = 0
+    """Contexts that hold attention caches."""
+    waiting_generations: int = 0
+    """Those that wait for room in the attention caches."""
+    tokens_processed: int = 0
+    """Sent through the swarm: prompts, generated tokens and replays."""
+    tokens_replayed: int = 0
+    prefix_hits: int = 0
+    """Requests that went on from the context of an earlier one."""
+    prefix_tokens: int = 0
+    """Tokens that did not have to be processed because of that."""
+    caches_given_back: int = 0
+    """Attention caches that made room for others, or were not used for long."""
     swarm_error: str | None = None
     """Why the swarm could not be asked, if so."""
 
@@ -214,6 +248,7 @@ Event = (
     | SessionOpened
     | SessionClosed
     | ChunkGenerated
+    | GenerationQueued
     | RequestFailed
     | StatusReported
 )

@@ -108,6 +108,10 @@ class LimitSettings(Section):
     """A v2 connection that asks for nothing is closed after this time."""
     session_idle_timeout_seconds: Seconds = 300
     """A v1 session that is not used is closed after this time."""
+    max_waiting_generations: Annotated[int, Field(ge=1)] = 256
+    """Generations of one worker that may wait for room in the swarm's attention caches."""
+    queue_timeout_seconds: Seconds = 300
+    """A generation that has waited this long for room fails."""
     request_timeout_seconds: Seconds = 1800
     """A single generation is ended with an error after this time."""
 
@@ -128,7 +132,10 @@ class SwarmSettings(Section):
     update_period_seconds: Seconds = 15
     """How often the list of servers is refreshed."""
     prefill_chunk_tokens: Annotated[int, Field(ge=1)] = 512
-    """Longest piece of a prompt sent as one step."""
+    """Longest piece of a prompt sent as one step. Between two pieces others have their turn."""
+    cache_idle_timeout_seconds: Seconds = 120
+    """Attention caches that are not used for this time are given back; the session stays, and fills them again
+    when it goes on."""
     host_address: str = "127.0.0.1"
     """Address on which the started host accepts other machines; the default accepts none."""
     host_port: Annotated[int, Field(ge=0, le=65535)] = 0
@@ -154,6 +161,11 @@ class EngineSettings(Section):
     """Precision."""
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of one process; 0 = as torch chooses."""
+    workers: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes for each model, among which its sessions are spread. They share the memory of 16-bit weights."""
+    reuse_prefixes: bool = True
+    """A request without a session goes on from the context of an earlier one of the same client, if its text
+    extends that one's."""
     start_timeout_seconds: Seconds = 3600
     """Time for a model to load, downloads included."""
     data_dir: Path = Field(default_factory=_user_data_dir)

@@ -210,6 +210,13 @@ class SwarmRouting:
             info = self._manager.state.sequence_info
             info.spans_by_priority, info.spans_containing_block = info._sort_spans(info.block_infos)
 
+    def note_full(self, span: RemoteSpanInfo) -> None:
+        """Prefer other servers, if there are any with room, until the list of servers is fetched again."""
+        with self._manager.lock_changes:
+            for known in self._manager.state.sequence_info.spans_by_priority:
+                if known.peer_id == span.peer_id:
+                    known.server_info.cache_tokens_left = 0
+
     def misses_blocks(self) -> bool:
         """Whether there is a block that no known server holds."""
         return not all(self._manager.state.sequence_info.spans_containing_block)

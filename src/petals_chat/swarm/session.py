@@ -15,7 +15,7 @@ import itertools
 import logging
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -65,6 +65,9 @@ class Routing(Protocol):
 
     def note_failure(self, span: RemoteSpanInfo) -> None:
         """Avoid this server for a while."""
+
+    def note_full(self, span: RemoteSpanInfo) -> None:
+        """Prefer other servers, if there are any with room, until the list of servers is fetched again."""
 
     def note_success(self, span: RemoteSpanInfo) -> None:
         """Forget its failures."""
@@ -117,26 +120,42 @@ class SwarmSession:
     async def _step_with_retries(
         self, index: int, block: int, inputs: torch.Tensor, step_id: str
     ) -> torch.Tensor:
-        for attempt in itertools.count():
+        attempt = 0
+        is_lost = False
+        full_servers: set[PeerID] = set()
+        while True:
             try:
-                if attempt > 0 or index == len(self._servers):
-                    await self._replace_servers(index, block)
+                if is_lost or index == len(self._servers):
+                    await self._replace_servers(index, block, full_servers)
                 return await self._servers[index].step(inputs, step_id, self._servers[index + 1 :])
+            except _ServerFull as error:
+                # Not a failure of the server: nobody else has to avoid it, and waiting here would not help.
+                full_servers.add(error.span.peer_id)
+                self._routing.note_full(error.span)
+            except AttentionCacheFullError:
+                raise
             except Exception as error:
-                if attempt + 1 >= self._routing.max_attempts:
+                attempt += 1
+                if attempt >= self._routing.max_attempts:
                     raise _translate(error) from error
-                delay = self._routing.retry_delay(attempt)
+                delay = self._routing.retry_delay(attempt - 1)
                 logger.debug("a step failed, trying again in %g s", delay, exc_info=True)
                 await asyncio.sleep(delay)
-        raise AssertionError("the attempts are counted above")
+            is_lost = True
 
-    async def _replace_servers(self, index: int, block: int) -> None:
-        """Put a new chain in the place of server ``index``, which begins with ``block``, and repeat its past there."""
+    async def _replace_servers(self, index: int, block: int, full_servers: Container[PeerID]) -> None:
+        """Put a new chain in the place of server ``index``, which begins with ``block``, and repeat its past there.
+
+        Raises:
+            AttentionCacheFullError: the best chain still has one of the ``full_servers``.
+        """
         replaced = self._servers[index : index + 1]
         end = replaced[0].span.end if replaced else self._routing.num_blocks
         for server in replaced:
             await server.close()
         spans = await self._routing.find_servers(block, end, self.max_length)
+        if any(span.peer_id in full_servers for span in spans):
+            raise AttentionCacheFullError
         schema = await self._routing.tensor_schema(spans[0])
         servers = [_ServerSession(self._routing, span, schema, self.max_length) for span in spans]
         try:
@@ -179,7 +198,9 @@ class _ServerSession:
         """
         try:
             outputs = await self._step(inputs, step_id, followers)
-        except Exception:
+        except Exception as error:
+            if _says_full(error):
+                raise _ServerFull(self.span) from error
             self._routing.note_failure(self.span)
             raise
         self._routing.note_success(self.span)
@@ -250,6 +271,14 @@ class _ServerUnreachable(Exception):
         self.span = span
 
 
+class _ServerFull(Exception):
+    """A server has no memory left for the attention caches of this session."""
+
+    def __init__(self, span: RemoteSpanInfo) -> None:
+        super().__init__(f"server {span.peer_id} has no room for another session")
+        self.span = span
+
+
 class _Stream:
     """A bidirectional stream to a server's ``rpc_inference``, as hivemind frames it.
 
@@ -297,17 +326,20 @@ def _joined(pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return list(torch.split(torch.cat(list(pieces), dim=1), REPLAY_TOKENS, dim=1)) if pieces else []
 
 
-def _translate(error: Exception) -> AttentionCacheFullError | MissingBlocksError | SwarmUnreachableError:
-    """Errors of Petals, of which those of servers arrive as text only, in terms of our own."""
-    if isinstance(error, AttentionCacheFullError | MissingBlocksError | SwarmUnreachableError):
-        return error
+def _says_full(error: Exception) -> bool:
+    """Errors of servers arrive as text only."""
     text = str(error)
+    return isinstance(error, P2PHandlerError) and ("AllocationFailed" in text or "Could not allocate" in text)
+
+
+def _translate(error: Exception) -> MissingBlocksError | SwarmUnreachableError:
+    """Errors of Petals in terms of our own."""
+    if isinstance(error, MissingBlocksError | SwarmUnreachableError):
+        return error
     if isinstance(error, _ServerUnreachable):  # the others that hold its blocks were tried before it
         return MissingBlocksError(list(range(error.span.start, error.span.end)))
     if isinstance(error, PetalsMissingBlocksError):
-        return MissingBlocksError(_block_numbers(text))
-    if "AllocationFailed" in text or "Could not allocate" in text:
-        return AttentionCacheFullError()
+        return MissingBlocksError(_block_numbers(str(error)))
     reason = "it did not answer in time" if isinstance(error, TimeoutError) else type(error).__name__
     return SwarmUnreachableError(f"a server of the swarm failed: {reason}")
 

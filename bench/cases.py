@@ -1,0 +1,123 @@
+"""What is measured: models, how many users, how long their contexts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import shapes
+from petals_chat.asgi import with_models
+from petals_chat.settings import load_settings
+
+CONTENDERS = 4
+SHORT_PROMPT = "Hello, many machines. How does a swarm run a model?"
+PROMPT_ROOM_TOKENS = 64
+"""More tokens than the short prompt has in any tokenizer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """So many users at once, after a prompt."""
+
+    users: int
+    tokens: int
+    """In one round, of all users together; at least one for each."""
+    prompt: str = SHORT_PROMPT
+    prompt_tokens: int = PROMPT_ROOM_TOKENS
+    """At most."""
+
+    @property
+    def tokens_each(self) -> int:
+        """Tokens of one user in one round."""
+        return max(1, self.tokens // self.users)
+
+    def session_length(self, rounds: int) -> int:
+        """Room for the prompt and all rounds; in streams some users are faster than others."""
+        return self.prompt_tokens + self.tokens_each * (rounds + 2) + 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Visit:
+    """Users who come once, all at the same moment, ask for some tokens one by one, and leave.
+
+    The host has attention caches for ``sessions`` of them.
+    """
+
+    users: int
+    tokens_each: int
+    prompt: str
+    prompt_tokens: int
+    session_length: int
+    sessions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model and the loads on it."""
+
+    name: str
+    model: Callable[[Path], tuple[str, Mapping[str, object]]]
+    """Makes the model in a directory; returns its repository and the gateway's settings for it."""
+    dtype: str
+    loads: tuple[Load, ...] = ()
+    visit: Visit | None = None
+
+    def cache_tokens(self, rounds: int) -> int:
+        """What the host is given: room for the sessions of all contenders, or the scarce room of a visit."""
+        if self.visit:
+            return self.visit.sessions * self.visit.session_length
+        largest = max(load.users * load.session_length(rounds) for load in self.loads)
+        return CONTENDERS * 2 * largest  # the gateway's swarm sessions have a power of two of tokens
+
+
+def bundled_model(directory: Path) -> tuple[str, Mapping[str, object]]:
+    """What ``petals-chat serve`` serves where nothing is configured."""
+    data_dir = directory / "data"
+    settings = with_models(load_settings(environment={}, overrides=[f"engine.data_dir={data_dir}"]))
+    return settings.models[0].repository, {}
+
+
+def made_model(shape: shapes.Shape) -> Callable[[Path], tuple[str, Mapping[str, object]]]:
+    """A model of this shape."""
+
+    def make(directory: Path) -> tuple[str, Mapping[str, object]]:
+        repository = str(shapes.write_model(directory / shape.name, shape))
+        entry = f'models."bench/{shape.name}"'
+        return repository, {
+            f"{entry}.repository": repository,
+            f"{entry}.chat.max_session_length": shape.context_tokens,
+        }
+
+    return make
+
+
+CASES = (
+    Case("bundled", bundled_model, "auto", tuple(Load(users, tokens=192) for users in (1, 4, 16, 32, 64))),
+    Case(
+        "large",
+        made_model(shapes.LARGE),
+        "bfloat16",
+        tuple(
+            Load(users, tokens, prompt=shapes.prompt(16), prompt_tokens=16)
+            for users, tokens in ((1, 32), (8, 48), (32, 64))
+        ),
+    ),
+    Case(
+        "long",
+        made_model(shapes.LONG),
+        "bfloat16",
+        tuple(
+            Load(1, tokens=96, prompt=shapes.prompt(tokens), prompt_tokens=tokens)
+            # Not 4000: the gateway's swarm session, opened for 4096 tokens, would be replayed within a round.
+            for tokens in (100, 1000, 4100)
+        ),
+    ),
+    Case(
+        "crowded",
+        made_model(shapes.SMALL),
+        "bfloat16",
+        # With more than 256 tokens, the gateway's swarm sessions are as large as those of the others.
+        visit=Visit(32, 8, shapes.prompt(300), prompt_tokens=300, session_length=512, sessions=4),
+    ),
+)

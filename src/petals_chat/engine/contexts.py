@@ -1,0 +1,201 @@
+"""A context: a token history, and its copy as attention caches in the swarm.
+
+The history is the truth. The caches can be lost, given back while others wait for room, or outgrown at any
+time, and come back by replaying the history; nobody but `Context` decides when.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from petals_chat.engine.rooms import PlaceListener, RoomQueue
+from petals_chat.errors import AttentionCacheFullError
+from petals_chat.head.modules import ClientModules
+
+NEW_TOKENS_ROOM = 256
+"""Room for new tokens that caches are opened with, unless fewer are asked for: what clients allow is often far
+more than what comes."""
+ROOMY_TOKENS = 1024
+"""Size of caches where there are few others, so that a chat grows for some turns without a replay."""
+PREFILLS_AT_ONCE = 2
+"""Pieces of prompts that may be on their way: one that a server computes, and one that travels meanwhile. Steps
+of a single token pass them, so a long prompt delays others by no more than these pieces."""
+
+
+class SwarmSession(Protocol):
+    """Attention caches in the swarm; see `petals_chat.swarm.session.SwarmSession`."""
+
+    max_length: int
+    position: int
+
+    async def step(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states [1, tokens, hidden_size] through all blocks."""
+
+    async def close(self) -> None:
+        """Free the servers' memory."""
+
+
+@dataclasses.dataclass
+class Counts:
+    """What a worker has done since it started."""
+
+    tokens_generated: int = 0
+    tokens_processed: int = 0
+    """Sent through the swarm: prompts, generated tokens and replays."""
+    tokens_replayed: int = 0
+    """Sent again, because caches were lost, given back or outgrown."""
+    prefix_hits: int = 0
+    """Requests that went on from an idle context of the same owner."""
+    prefix_tokens: int = 0
+    """Tokens of these requests that did not have to be processed again."""
+    caches_given_back: int = 0
+    """Contexts that made room for others."""
+
+
+class Swarm:
+    """What all contexts of a worker share.
+
+    Args:
+        modules: for the embeddings.
+        open_session: makes attention caches for a number of tokens.
+        rooms: decides who may hold caches.
+        prefill_chunk_tokens: longest piece of a prompt sent as one step.
+    """
+
+    def __init__(
+        self,
+        modules: ClientModules,
+        open_session: Callable[[int], SwarmSession],
+        rooms: RoomQueue,
+        *,
+        prefill_chunk_tokens: int,
+    ) -> None:
+        self.modules = modules
+        self.open_session = open_session
+        self.rooms = rooms
+        self.prefill_chunk_tokens = prefill_chunk_tokens
+        self.prefills = asyncio.Semaphore(PREFILLS_AT_ONCE)
+        self.counts = Counts()
+
+
+class Context:
+    """A token history of at most ``max_length`` tokens; one user at a time.
+
+    Args:
+        owner: whose it is, for a fair queue.
+    """
+
+    def __init__(self, swarm: Swarm, owner: str, max_length: int) -> None:
+        self.tokens: list[int] = []
+        self.owner = owner
+        self.max_length = max_length
+        self._swarm = swarm
+        self._caches: SwarmSession | None = None
+        self._tokens_sent = 0
+        """The longest part of the history that was ever in caches; sending it again is a replay."""
+
+    @property
+    def cached_tokens(self) -> int:
+        """Length of the part of the history that is in the caches."""
+        return 0 if self._caches is None else self._caches.position
+
+    async def feed(
+        self, new_tokens: int | None, on_place: PlaceListener, is_cancelled: Callable[[], bool]
+    ) -> torch.Tensor | None:
+        """Send what the caches do not hold of the history; waits for room if there is none.
+
+        Args:
+            new_tokens: how many more tokens will probably follow; None if that is not known.
+            on_place: told the place in the queue, should there be one.
+
+        Returns:
+            The hidden state [hidden_size] of the last token; None if cancelled on the way to it.
+
+        Raises:
+            SwarmError: the swarm cannot do it now.
+            AttentionCacheFullError: there was no room for too long, or too many wait.
+        """
+        if self._caches is not None and self._swarm.rooms.is_recalled(self):
+            await self._give_back()
+        with torch.inference_mode():
+            while True:
+                if self._caches is None or self._caches.max_length < len(self.tokens):
+                    await self.drop_caches()
+                    hidden = await self._swarm.rooms.admit(
+                        self, lambda is_scarce: self._open(new_tokens, is_scarce), on_place
+                    )
+                else:
+                    try:
+                        hidden = await self._step(self._caches)
+                    except AttentionCacheFullError:  # a server was lost, and its substitute has no room
+                        await self.drop_caches()
+                        continue
+                if self.cached_tokens == len(self.tokens):
+                    self._swarm.rooms.settled(self)
+                    return hidden[0, -1]
+                if is_cancelled():
+                    return None
+
+    async def evict(self) -> None:
+        """Make room for others; only while nobody feeds."""
+        await self._give_back()
+
+    async def drop_caches(self) -> None:
+        """Free the servers' memory."""
+        if self._caches is not None:
+            caches, self._caches = self._caches, None
+            try:
+                await caches.close()
+            finally:
+                self._swarm.rooms.leave(self)
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from ``length`` on; the caches must not hold them."""
+        assert self.cached_tokens <= length
+        del self.tokens[length:]
+        self._tokens_sent = min(self._tokens_sent, length)
+
+    async def _give_back(self) -> None:
+        self._swarm.counts.caches_given_back += 1
+        await self.drop_caches()
+
+    async def _open(self, new_tokens: int | None, is_scarce: bool) -> torch.Tensor:
+        """New caches, with the first piece of the history in them; memory is taken in this first step."""
+        room = min(new_tokens or NEW_TOKENS_ROOM, NEW_TOKENS_ROOM)
+        size = len(self.tokens) + room
+        if not is_scarce:
+            # A power of two: what grows is replayed once for each doubling, not for each request.
+            roomy = ROOMY_TOKENS // (1 + self._swarm.rooms.residents // 4)
+            size = max(1 << (size - 1).bit_length(), roomy)
+        short = self._swarm.modules.short_context
+        if short is not None and len(self.tokens) <= short:  # its rotary embedding is the short one's so long
+            size = min(size, short)
+        caches = self._swarm.open_session(min(size, self.max_length))
+        try:
+            hidden = await self._step(caches)
+        except BaseException:
+            await caches.close()
+            raise
+        self._caches = caches
+        return hidden
+
+    async def _step(self, caches: SwarmSession) -> torch.Tensor:
+        """The next piece of the history through all blocks: hidden states [1, tokens, hidden_size]."""
+        start = caches.position
+        end = min(start + self._swarm.prefill_chunk_tokens, len(self.tokens))
+        hidden = self._swarm.modules.embed(self.tokens[start:end])
+        if end - start == 1:
+            outputs = await caches.step(hidden)
+        else:
+            async with self._swarm.prefills:
+                outputs = await caches.step(hidden)
+        counts = self._swarm.counts
+        counts.tokens_processed += end - start
+        counts.tokens_replayed += max(0, min(end, self._tokens_sent) - start)
+        self._tokens_sent = max(self._tokens_sent, end)
+        return outputs

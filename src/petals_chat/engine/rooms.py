@@ -1,0 +1,253 @@
+"""Who may hold attention caches when the swarm has not room for all: a fair queue, and eviction.
+
+Room is not counted here, because other gateways take of it too: servers say when they are full. Then whoever
+needs room waits in a queue, round robin over owners, and its head gets the room of contexts that are idle; or,
+if none is, of one that has had its time slice, which comes back by way of the queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import NoReturn, Protocol, TypeVar
+
+from petals_chat.errors import AttentionCacheFullError
+
+Result = TypeVar("Result")
+PlaceListener = Callable[[int], None]
+"""Is told the place in the queue whenever it changes; 1 = next."""
+
+IDLE_GRACE_SECONDS = 1.0
+"""A client that sends a request for each token has such pauses; without need nothing is taken from it."""
+SLICE_SECONDS = 3.0
+SLICE_PER_REPLAY = 4.0
+"""A slice lasts at least this many times as long as it took to fill the caches, so that replays stay a small part."""
+LOOK_AGAIN_SECONDS = 0.5
+"""Other gateways do not say when they free memory."""
+EXPIRY_CHECK_SECONDS = 5.0
+
+
+class Resident(Protocol):
+    """A context, as the queue sees it."""
+
+    owner: str
+
+    async def evict(self) -> None:
+        """Give the caches back; called only while it is idle."""
+
+
+@dataclasses.dataclass
+class _Stay:
+    """The time in which a context holds caches."""
+
+    since: float
+    replay_seconds: float = 0.0
+    idle_since: float | None = None
+    is_recalled: bool = False
+
+    def evictable_at(self) -> float:
+        """From when on the caches may be taken for others, if it stays as it is; busy or not."""
+        end_of_slice = self.since + max(SLICE_SECONDS, SLICE_PER_REPLAY * self.replay_seconds)
+        if self.idle_since is None:
+            return end_of_slice
+        return min(end_of_slice, self.idle_since + IDLE_GRACE_SECONDS)
+
+
+class _Waiter:
+    def __init__(self, on_place: PlaceListener) -> None:
+        self.turn = asyncio.Event()
+        self._on_place = on_place
+        self._place = 0
+
+    def tell_place(self, place: int) -> None:
+        if place != self._place:
+            self._place = place
+            self._on_place(place)
+
+
+class RoomQueue:
+    """The contexts of one worker that hold caches, and those that wait for room.
+
+    Args:
+        max_waiting: how many may wait.
+        timeout: seconds that one may wait.
+        idle_timeout: seconds after which caches that nobody uses are given back, waiting or not.
+    """
+
+    def __init__(self, *, max_waiting: int, timeout: float, idle_timeout: float) -> None:
+        self._max_waiting = max_waiting
+        self._timeout = timeout
+        self._idle_timeout = idle_timeout
+        self._stays: dict[Resident, _Stay] = {}
+        self._queues: dict[str, deque[_Waiter]] = {}
+        """By owner."""
+        self._last_turns: dict[str, int] = {}
+        """When owners had their last turns, counted in turns; owners that are not here had none for long."""
+        self._turns = 0
+        self._head: _Waiter | None = None
+        """The waiter that tries; it is not in its queue any more."""
+        self._changed = asyncio.Event()
+
+    @property
+    def residents(self) -> int:
+        """Contexts that hold caches."""
+        return len(self._stays)
+
+    @property
+    def waiting(self) -> int:
+        """Contexts that wait for room."""
+        return sum(map(len, self._queues.values())) + (self._head is not None)
+
+    async def admit(
+        self, resident: Resident, attempt: Callable[[bool], Awaitable[Result]], on_place: PlaceListener
+    ) -> Result:
+        """Take caches as soon as there is room.
+
+        Args:
+            attempt: tries to take them, and raises `AttentionCacheFullError` if there is no room; its argument
+                tells whether room is scarce.
+            on_place: see `PlaceListener`; never called if there is room at once.
+
+        Raises:
+            AttentionCacheFullError: too many wait, or it took too long.
+            PetalsChatError: what else ``attempt`` raises.
+        """
+        began = _now()
+        is_free = self.waiting == 0
+        if is_free:
+            try:
+                result = await attempt(False)
+            except AttentionCacheFullError:
+                is_free = False
+            else:
+                self._stays[resident] = _Stay(began)
+                return result
+        return await self._admit_in_turn(resident, attempt, on_place)
+
+    def settled(self, resident: Resident) -> None:
+        """The caches hold the whole history: what that took is known now."""
+        stay = self._stays[resident]
+        if stay.replay_seconds == 0.0:
+            stay.replay_seconds = _now() - stay.since
+
+    def is_recalled(self, resident: Resident) -> bool:
+        """Whether a busy context shall give its caches back before its next step."""
+        return self._stays[resident].is_recalled
+
+    def busy(self, resident: Resident) -> None:
+        """The context is used from now on."""
+        if stay := self._stays.get(resident):
+            stay.idle_since = None
+
+    def idle(self, resident: Resident) -> None:
+        """Nobody uses the context for now."""
+        if stay := self._stays.get(resident):
+            stay.idle_since = _now()
+            self._changed.set()
+
+    def leave(self, resident: Resident) -> None:
+        """The context holds no caches any more."""
+        if self._stays.pop(resident, None):
+            self._changed.set()
+
+    async def expire_idle(self) -> NoReturn:
+        """Give back what nobody has used for ``idle_timeout``."""
+        while True:
+            await asyncio.sleep(min(EXPIRY_CHECK_SECONDS, self._idle_timeout))
+            expired = [
+                resident
+                for resident, stay in self._stays.items()
+                if stay.idle_since is not None and _now() - stay.idle_since >= self._idle_timeout
+            ]
+            for resident in expired:
+                stay = self._stays.get(resident)
+                if stay and stay.idle_since is not None:  # else it was used while others were evicted
+                    await resident.evict()
+
+    async def _admit_in_turn(
+        self, resident: Resident, attempt: Callable[[bool], Awaitable[Result]], on_place: PlaceListener
+    ) -> Result:
+        if self.waiting >= self._max_waiting:
+            raise AttentionCacheFullError(f"{self.waiting} others wait for room already")
+        waiter = _Waiter(on_place)
+        self._queues.setdefault(resident.owner, deque()).append(waiter)
+        self._advance()
+        try:
+            async with asyncio.timeout(self._timeout):
+                await waiter.turn.wait()
+                while True:
+                    began = _now()
+                    try:
+                        result = await attempt(True)
+                    except AttentionCacheFullError:
+                        await self._make_room()
+                    else:
+                        self._stays[resident] = _Stay(began)
+                        return result
+        except TimeoutError:
+            raise AttentionCacheFullError(f"no room came free within {self._timeout:g} s") from None
+        finally:
+            self._remove(resident.owner, waiter)
+            self._advance()
+
+    async def _make_room(self) -> None:
+        """Take the caches of one context, or wait until that may be possible."""
+        now = _now()
+        self._changed.clear()
+        idle = {resident: stay for resident, stay in self._stays.items() if stay.idle_since is not None}
+        if idle:
+            resident, stay = min(idle.items(), key=lambda item: item[1].evictable_at())
+            if stay.evictable_at() <= now:
+                await resident.evict()
+                return
+        busy = [stay for stay in self._stays.values() if stay.idle_since is None]
+        if busy and not any(stay.is_recalled for stay in busy):
+            oldest = min(busy, key=_Stay.evictable_at)
+            oldest.is_recalled = oldest.evictable_at() <= now
+        next_at = min((stay.evictable_at() for stay in self._stays.values()), default=now)
+        pause = min(max(next_at - now, 0.01), LOOK_AGAIN_SECONDS) if next_at > now else LOOK_AGAIN_SECONDS
+        try:
+            async with asyncio.timeout(pause):
+                await self._changed.wait()
+        except TimeoutError:
+            pass
+
+    def _advance(self) -> None:
+        """Let the next waiter try, if none does, and tell the others their places."""
+        if self._head is None and self._queues:
+            owner = self._owners()[0]
+            self._head = self._queues[owner].popleft()
+            if not self._queues[owner]:
+                del self._queues[owner]
+            self._turns += 1
+            self._last_turns[owner] = self._turns
+            self._head.turn.set()
+        if self._head is not None:
+            for place, waiter in enumerate((self._head, *self._order()), 1):
+                waiter.tell_place(place)
+
+    def _owners(self) -> list[str]:
+        """The owners of those behind the head; whose last turn is longest ago comes first."""
+        return sorted(self._queues, key=lambda owner: self._last_turns.get(owner, 0))
+
+    def _order(self) -> list[_Waiter]:
+        """Those behind the head, in the order of their turns."""
+        queues = [list(self._queues[owner]) for owner in self._owners()]
+        longest = max(map(len, queues), default=0)
+        return [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]
+
+    def _remove(self, owner: str, waiter: _Waiter) -> None:
+        if self._head is waiter:
+            self._head = None
+            if not self._queues:
+                self._last_turns.clear()
+        elif (queue := self._queues.get(owner)) and waiter in queue:
+            queue.remove(waiter)
+            if not queue:
+                del self._queues[owner]
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

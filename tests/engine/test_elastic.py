@@ -1,0 +1,293 @@
+"""More users than the swarm has room for, caches that come and go, and contexts that are used again: on a real host."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from operator import sub
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from petals_chat.engine.interface import Chunk, EngineSession
+from petals_chat.engine.supervisor import ProcessEngine
+from petals_chat.errors import AttentionCacheFullError
+from petals_chat.protocol.messages import GenerationRequest, StatusReported
+from petals_chat.settings import (
+    ChatSettings,
+    Dtype,
+    EngineSettings,
+    LimitSettings,
+    ModelSettings,
+    Settings,
+    SwarmSettings,
+)
+from petals_chat.swarm.host_options import HostReady
+from tests.swarm_processes import running_host
+from tests.tiny_models import greedy_tokens, load_reference, write_tiny_model
+from tests.tiny_tokenizers import save_tokenizer
+
+USERS = 12
+NEW_TOKENS = 24
+CACHE_TOKENS = 256
+"""Room for four contexts of 64 tokens."""
+TIMEOUT_SECONDS = 120
+
+Serve = Callable[..., AbstractAsyncContextManager[ProcessEngine]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = write_tiny_model(tmp_path_factory.mktemp("model"), "llama", vocab_size=400, eos_token_id=None)
+    save_tokenizer("byte_level", directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def host(model: Path) -> Iterator[HostReady]:
+    with running_host(model, f"--cache-tokens={CACHE_TOKENS}") as host:
+        yield host
+
+
+@pytest.fixture(scope="module")
+def serve(model: Path, host: HostReady, tmp_path_factory: pytest.TempPathFactory) -> Serve:
+    @asynccontextmanager
+    async def serve(
+        *,
+        limits: LimitSettings | None = None,
+        cache_idle_timeout_seconds: float = 120,
+        workers: int = 1,
+        reuse_prefixes: bool = True,
+    ) -> AsyncIterator[ProcessEngine]:
+        settings = Settings(
+            models=(
+                ModelSettings(
+                    key="model",
+                    repository=str(model),
+                    name="model",
+                    initial_peers=host.peers,
+                    dht_prefix=host.dht_prefix,
+                    chat=ChatSettings(max_session_length=CACHE_TOKENS),
+                ),
+            ),
+            limits=limits or LimitSettings(),
+            swarm=SwarmSettings(
+                prefill_chunk_tokens=16, cache_idle_timeout_seconds=cache_idle_timeout_seconds
+            ),
+            engine=EngineSettings(
+                dtype=Dtype.FLOAT32,
+                threads=1,
+                workers=workers,
+                reuse_prefixes=reuse_prefixes,
+                data_dir=tmp_path_factory.mktemp("data"),
+            ),
+        )
+        async with asyncio.timeout(TIMEOUT_SECONDS), ProcessEngine(settings) as engine:
+            await engine.wait_until_settled()
+            yield engine
+
+    return serve
+
+
+class Reference:
+    """What local transformers would say."""
+
+    def __init__(self, model: Path) -> None:
+        self._model = load_reference(model)
+        self.tokenizer: PreTrainedTokenizerFast = save_tokenizer("byte_level", model)
+
+    def continue_greedily(self, text: str, new_tokens: int) -> str:
+        tokens: list[int] = self.tokenizer(text)["input_ids"]
+        tokens += greedy_tokens(self._model, tokens, new_tokens)
+        whole: str = self.tokenizer.decode(tokens)
+        return whole[len(text) :]
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path) -> Reference:
+    return Reference(model)
+
+
+def prompt_of(user: int) -> str:
+    return f"User {user} asks: how many machines does the swarm have today?"
+
+
+def printable(text: str) -> str:
+    return text.rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+async def generate(session: EngineSession, request: GenerationRequest) -> list[Chunk]:
+    return [chunk async for chunk in session.generate(request)]
+
+
+def text_of(chunks: list[Chunk]) -> str:
+    return "".join(chunk.text for chunk in chunks)
+
+
+class Counts(NamedTuple):
+    tokens_processed: int
+    tokens_replayed: int
+    prefix_hits: int
+    prefix_tokens: int
+
+
+async def counts_of(engine: ProcessEngine) -> Counts:
+    report = await report_of(engine, "reciting")
+    return Counts(report.tokens_processed, report.tokens_replayed, report.prefix_hits, report.prefix_tokens)
+
+
+async def report_of(engine: ProcessEngine, model: str = "model") -> StatusReported:
+    """A report that was sent after this was called."""
+    before = engine.statuses[model].report
+    while (report := engine.statuses[model].report) is before or report is None:
+        await asyncio.sleep(0.05)
+    return report
+
+
+async def test_all_are_served_where_only_some_have_room(serve: Serve, reference: Reference) -> None:
+    places: list[int] = []
+
+    async def talk(engine: ProcessEngine, user: int) -> str:
+        session = await engine.open_session("model", 128, owner=f"user {user}")
+        request = GenerationRequest(prompt_of(user), max_new_tokens=NEW_TOKENS, chunk_tokens=1)
+        chunks = await generate(session, request)
+        places.extend(chunk.queue_place for chunk in chunks if chunk.queue_place is not None)
+        await session.close()
+        return text_of(chunks)
+
+    async with serve() as engine:
+        texts = await asyncio.gather(*(talk(engine, user) for user in range(USERS)))
+        report = await report_of(engine)
+    assert [printable(text) for text in texts] == [
+        printable(reference.continue_greedily(prompt_of(user), NEW_TOKENS)) for user in range(USERS)
+    ]
+    assert max(places) >= USERS - 6
+    assert min(places) == 1
+    assert (report.resident_sessions, report.waiting_generations, report.open_sessions) == (0, 0, 0)
+
+
+async def test_clients_that_ask_token_by_token_take_turns_too(serve: Serve, reference: Reference) -> None:
+    async def talk(engine: ProcessEngine, user: int) -> str:
+        session = await engine.open_session("model", 128, owner=f"user {user}")
+        text = text_of(await generate(session, GenerationRequest(prompt_of(user), max_new_tokens=1)))
+        for _ in range(NEW_TOKENS - 1):
+            text += text_of(await generate(session, GenerationRequest(None, max_new_tokens=1)))
+        return text  # its session stays open, as those of slow readers do
+
+    async with serve() as engine:
+        texts = await asyncio.gather(*(talk(engine, user) for user in range(USERS)))
+        report = await report_of(engine)
+    assert [printable(text) for text in texts] == [
+        printable(reference.continue_greedily(prompt_of(user), NEW_TOKENS)) for user in range(USERS)
+    ]
+    assert report.caches_given_back > 0
+    assert report.open_sessions == USERS
+
+
+async def test_a_session_whose_caches_were_given_back_goes_on_identically(
+    serve: Serve, reference: Reference
+) -> None:
+    async with serve(cache_idle_timeout_seconds=0.2) as engine:
+        session = await engine.open_session("model", 200)
+        text = prompt_of(0)
+        answer = text_of(await generate(session, GenerationRequest(text, max_new_tokens=10)))
+        while (report := await report_of(engine)).resident_sessions:
+            pass
+        assert report.caches_given_back == 1
+        answer += text_of(await generate(session, GenerationRequest(None, max_new_tokens=10)))
+        assert (await report_of(engine)).tokens_replayed > 0
+        await session.close()
+    assert printable(answer) == printable(reference.continue_greedily(text, 20))
+
+
+async def test_who_waits_too_long_is_told_so_and_can_try_again(serve: Serve) -> None:
+    async with serve(limits=LimitSettings(queue_timeout_seconds=0.5)) as engine:
+        holder = await engine.open_session("model", CACHE_TOKENS)
+        stream = holder.generate(GenerationRequest("Hello", chunk_tokens=1))
+        await anext(stream)  # and takes no more: it holds all there is, in the middle of a generation
+        other = await engine.open_session("model", CACHE_TOKENS)
+        with pytest.raises(AttentionCacheFullError, match=r"within 0\.5 s"):
+            await generate(other, GenerationRequest(prompt_of(1) * 10, max_new_tokens=1))
+        await stream.aclose()
+        await holder.close()
+        assert text_of(await generate(other, GenerationRequest(prompt_of(1) * 3, max_new_tokens=1)))
+        await other.close()
+
+
+async def test_a_stateless_chat_processes_only_what_is_new(engine: ProcessEngine) -> None:
+    """Ten turns on the model with scripts, whose answers have the tokens that a tokenizer gives their text."""
+
+    async def chat(owners: Iterator[str]) -> tuple[list[str], list[tuple[int, int]], Counts]:
+        before = await counts_of(engine)
+        text, answers, usages = "", [], []
+        for owner in itertools.islice(owners, 10):
+            text += "A"
+            session = await engine.open_session("reciting", 250, owner=owner, is_stateless=True)
+            chunks = await generate(session, GenerationRequest(text, max_new_tokens=11))
+            await session.close()
+            answers.append(text_of(chunks))
+            text += answers[-1]
+            usages.append((chunks[-1].prompt_tokens, chunks[-1].cached_tokens))
+        return answers, usages, Counts(*(map(sub, await counts_of(engine), before)))
+
+    answers, usages, with_reuse = await chat(itertools.repeat("somebody"))
+    plain_answers, plain_usages, without_reuse = await chat(f"stranger {number}" for number in range(10))
+    assert answers == plain_answers
+    assert set(answers) == {"😀世界 machine"}
+    assert [prompt for prompt, _ in usages] == [prompt for prompt, _ in plain_usages]
+    assert {cached for _, cached in plain_usages} == {0}
+    # From the second turn on: the new token, and the one before it, of which nobody needed the successor yet.
+    assert [prompt - cached for prompt, cached in usages] == [1] + 9 * [2]
+    assert with_reuse == Counts(usages[-1][0] + 11 - 1, 0, 9, sum(cached for _, cached in usages))
+    assert without_reuse == Counts(sum(prompt + 11 - 1 for prompt, _ in plain_usages), 0, 0, 0)
+
+
+async def test_reuse_can_be_switched_off(serve: Serve) -> None:
+    async with serve(reuse_prefixes=False) as engine:
+        for text in ("one", "one two three"):
+            session = await engine.open_session("model", 100, owner="somebody", is_stateless=True)
+            chunks = await generate(session, GenerationRequest(text, max_new_tokens=1))
+            await session.close()
+            assert chunks[-1].cached_tokens == 0
+        assert (await report_of(engine)).resident_sessions == 0
+
+
+async def test_sessions_are_spread_over_workers_and_stay_where_they_are(
+    serve: Serve, reference: Reference
+) -> None:
+    children = set(psutil.Process().children())
+    async with serve(workers=2) as engine:
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            workers: list[psutil.Process] = []
+            while len(workers) < 2:
+                await asyncio.sleep(0.1)
+                workers = [child for child in set(psutil.Process().children()) - children if is_worker(child)]
+        sessions = [await engine.open_session("model", 64, owner=f"user {user}") for user in range(4)]
+        before = [cpu_seconds(worker) for worker in workers]
+        texts = [""] * len(sessions)
+        for request in (
+            GenerationRequest("Hello there", max_new_tokens=8),
+            GenerationRequest(None, max_new_tokens=8),
+        ):
+            parts = await asyncio.gather(*(generate(session, request) for session in sessions))
+            texts = [text + text_of(part) for text, part in zip(texts, parts, strict=True)]
+        assert {printable(text) for text in texts} == {
+            printable(reference.continue_greedily("Hello there", 16))
+        }
+        while (await report_of(engine)).open_sessions != len(sessions):
+            await asyncio.sleep(0.05)  # it may be the sum of a new and an old report
+        assert all(cpu_seconds(worker) > start for worker, start in zip(workers, before, strict=True))
+
+
+def is_worker(process: psutil.Process) -> bool:
+    return "petals_chat.engine.worker" in process.cmdline()
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)

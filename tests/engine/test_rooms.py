@@ -1,0 +1,219 @@
+"""The queue for attention caches, on a swarm of a fixed number of places."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import NoReturn
+
+import pytest
+
+from petals_chat.engine import rooms
+from petals_chat.engine.rooms import RoomQueue
+from petals_chat.errors import AttentionCacheFullError, SwarmUnreachableError
+
+
+class Places:
+    """A swarm with room for so many."""
+
+    def __init__(self, count: int, queue: RoomQueue) -> None:
+        self.free = count
+        self.queue = queue
+        self.log: list[str] = []
+
+
+class Tenant:
+    """Takes a place, holds it, and gives it back when asked."""
+
+    def __init__(self, name: str, places: Places, owner: str | None = None) -> None:
+        self.name = name
+        self.owner = owner or name
+        self.places_told: list[int] = []
+        self._places = places
+
+    async def enter(self) -> None:
+        await self._places.queue.admit(self, self._attempt, self.places_told.append)
+        self._places.log.append(self.name)
+
+    async def leave(self) -> None:
+        self._places.free += 1
+        self._places.queue.leave(self)
+
+    async def evict(self) -> None:
+        self._places.log.append(f"-{self.name}")
+        await self.leave()
+
+    async def _attempt(self, is_scarce: bool) -> None:
+        await asyncio.sleep(0)
+        if self._places.free == 0:
+            raise AttentionCacheFullError
+        self._places.free -= 1
+
+
+@pytest.fixture(autouse=True)
+def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rooms, "IDLE_GRACE_SECONDS", 0.05)
+    monkeypatch.setattr(rooms, "SLICE_SECONDS", 0.2)
+    monkeypatch.setattr(rooms, "LOOK_AGAIN_SECONDS", 0.02)
+
+
+@pytest.fixture
+async def queue() -> AsyncIterator[RoomQueue]:
+    queue = RoomQueue(max_waiting=4, timeout=5, idle_timeout=60)
+    yield queue
+    assert queue.waiting == 0
+
+
+@pytest.fixture
+def places(queue: RoomQueue) -> Places:
+    return Places(2, queue)
+
+
+async def waiting_for(queue: RoomQueue, count: int) -> None:
+    async with asyncio.timeout(5):
+        while queue.waiting != count:
+            await asyncio.sleep(0)
+
+
+async def test_where_there_is_room_nobody_waits(places: Places) -> None:
+    first, second = Tenant("a", places), Tenant("b", places)
+    await asyncio.gather(first.enter(), second.enter())
+    assert places.log == ["a", "b"]
+    assert first.places_told == second.places_told == []
+
+
+async def test_an_idle_tenant_makes_room_at_once_after_its_grace(places: Places, queue: RoomQueue) -> None:
+    tenants = [Tenant(name, places) for name in "abc"]
+    await tenants[0].enter()
+    await tenants[1].enter()
+    queue.idle(tenants[1])
+    await tenants[2].enter()
+    assert places.log == ["a", "b", "-b", "c"]
+    assert tenants[2].places_told == [1]
+
+
+async def test_who_was_idle_longest_goes_first(places: Places, queue: RoomQueue) -> None:
+    tenants = [Tenant(name, places) for name in "abc"]
+    for tenant in tenants[:2]:
+        await tenant.enter()
+        queue.idle(tenant)
+        await asyncio.sleep(0.01)
+    await tenants[2].enter()
+    assert places.log == ["a", "b", "-a", "c"]
+
+
+async def test_a_busy_tenant_is_recalled_after_its_slice_and_not_before(
+    places: Places, queue: RoomQueue
+) -> None:
+    tenants = [Tenant(name, places) for name in "abc"]
+    for tenant in tenants[:2]:
+        await tenant.enter()
+        queue.settled(tenant)
+    entering = asyncio.create_task(tenants[2].enter())
+    await waiting_for(queue, 1)
+    assert not any(queue.is_recalled(tenant) for tenant in tenants[:2])
+    async with asyncio.timeout(5):
+        while not queue.is_recalled(tenants[0]):
+            await asyncio.sleep(0.01)
+    assert not queue.is_recalled(tenants[1])
+    await tenants[0].leave()
+    await entering
+    assert places.log == ["a", "b", "c"]
+
+
+async def test_owners_take_turns(places: Places, queue: RoomQueue) -> None:
+    first = [Tenant("x1", places, "x"), Tenant("x2", places, "x")]
+    for tenant in first:
+        await tenant.enter()
+    later = [Tenant("x3", places, "x"), Tenant("x4", places, "x"), Tenant("y1", places, "y")]
+    tasks = []
+    for count, tenant in enumerate(later, 1):
+        tasks.append(asyncio.create_task(tenant.enter()))
+        await waiting_for(queue, count)
+    assert [tenant.places_told[-1] for tenant in later] == [1, 3, 2]
+    for tenant in (*first, later[0]):
+        await tenant.leave()
+        await asyncio.sleep(0.1)
+    await asyncio.gather(*tasks)
+    assert places.log == ["x1", "x2", "x3", "y1", "x4"]
+    assert later[1].places_told == [2, 3, 2, 1]
+
+
+async def test_the_queue_has_an_end(places: Places, queue: RoomQueue) -> None:
+    held = [Tenant("a", places), Tenant("b", places)]
+    for tenant in held:
+        await tenant.enter()
+    tasks = [asyncio.create_task(Tenant(f"w{number}", places).enter()) for number in range(4)]
+    await waiting_for(queue, 4)
+    with pytest.raises(AttentionCacheFullError, match="4 others wait for room already"):
+        await Tenant("z", places).enter()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rooms, "SLICE_SECONDS", 60)
+    queue = RoomQueue(max_waiting=4, timeout=0.1, idle_timeout=60)
+    places = Places(1, queue)
+    await Tenant("a", places).enter()
+    with pytest.raises(AttentionCacheFullError, match=r"within 0\.1 s"):
+        await Tenant("b", places).enter()
+    assert queue.waiting == 0
+
+
+async def test_who_gives_up_leaves_the_queue_to_the_others(places: Places, queue: RoomQueue) -> None:
+    held = [Tenant("a", places), Tenant("b", places)]
+    for tenant in held:
+        await tenant.enter()
+    impatient, patient = Tenant("c", places), Tenant("d", places)
+    first = asyncio.create_task(impatient.enter())
+    await waiting_for(queue, 1)
+    second = asyncio.create_task(patient.enter())
+    await waiting_for(queue, 2)
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    assert patient.places_told == [2, 1]
+    await held[0].leave()
+    await second
+
+
+async def test_another_error_goes_to_the_one_it_concerns(places: Places, queue: RoomQueue) -> None:
+    async def fail(is_scarce: bool) -> NoReturn:
+        raise SwarmUnreachableError("nobody there")
+
+    with pytest.raises(SwarmUnreachableError):
+        await queue.admit(Tenant("a", places), fail, lambda place: None)
+    await Tenant("b", places).enter()
+
+
+async def test_what_is_not_used_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = RoomQueue(max_waiting=4, timeout=5, idle_timeout=0.05)
+    places = Places(2, queue)
+    idle, busy = Tenant("a", places), Tenant("b", places)
+    await idle.enter()
+    await busy.enter()
+    queue.idle(idle)
+    expiring = asyncio.create_task(queue.expire_idle())
+    async with asyncio.timeout(5):
+        while queue.residents == 2:
+            await asyncio.sleep(0.01)
+    expiring.cancel()
+    assert places.log == ["a", "b", "-a"]
+
+
+async def test_all_of_many_get_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rooms, "SLICE_SECONDS", 0.01)
+    queue = RoomQueue(max_waiting=64, timeout=30, idle_timeout=60)
+    places = Places(4, queue)
+
+    async def work(tenant: Tenant) -> None:
+        for _ in range(3):
+            await tenant.enter()
+            queue.settled(tenant)
+            while not queue.is_recalled(tenant) and queue.waiting:
+                await asyncio.sleep(0.001)
+            await tenant.leave()
+
+    await asyncio.gather(*(work(Tenant(f"t{number}", places)) for number in range(32)))
+    assert (places.free, queue.residents, len(places.log)) == (4, 0, 96)

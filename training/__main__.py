@@ -1,0 +1,152 @@
+"""``python -m training``: make the bundled model from the corpus, and say how good it is."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import time
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from training.chat_format import END, text_of, train_tokenizer
+from training.corpus import Entry, load_corpus
+from training.dialogues import DialogueWriter
+from training.evaluate import judge, load_off_topic, load_questions, overlap, report
+from training.train import Recipe, batches, new_model, train
+
+BUNDLED = Path(__file__).parent.parent / "src/petals_chat/models/petals_guide"
+_TOKENIZER_DIALOGUES = 20_000
+_MAX_ANSWER_TOKENS = 128
+_SMOKE = Recipe(hidden_size=64, intermediate_size=128, num_heads=2, num_key_value_heads=1, num_blocks=6)
+
+
+def main() -> None:
+    """Train, evaluate, or both."""
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    parser.add_argument("command", choices=["train", "evaluate"], nargs="?")
+    parser.add_argument("--output", type=Path, default=BUNDLED, help="directory of the checkpoint")
+    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--validate", action="store_true", help="keep one in 20 wordings out, and ask those too"
+    )
+    parser.add_argument("--show", action="store_true", help="print wrong answers")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    entries = load_corpus()
+    kept, left_out = split(entries) if arguments.validate else (entries, [])
+    if arguments.command != "evaluate":
+        make(kept, Recipe(steps=arguments.steps), arguments.output)
+    if arguments.command != "train":
+        assess(arguments.output, entries, left_out, arguments.show)
+
+
+def make(entries: Sequence[Entry], recipe: Recipe, output: Path) -> None:
+    """Train the tokenizer and the model and write the checkpoint."""
+    dialogues = islice(DialogueWriter(entries, recipe.seed + 1), _TOKENIZER_DIALOGUES)
+    tokenizer = train_tokenizer(text_of(dialogue) for dialogue in dialogues)
+    model = new_model(recipe, tokenizer)
+    print(
+        f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {len(entries)} entries", flush=True
+    )
+    train(model, batches(DialogueWriter(entries, recipe.seed), tokenizer, recipe), recipe)
+    end = tokenizer.eos_token_id
+    model.generation_config = GenerationConfig(
+        do_sample=False, bos_token_id=end, eos_token_id=end, pad_token_id=end
+    )
+    model.to(torch.bfloat16).save_pretrained(output)
+    tokenizer.save_pretrained(output)
+
+
+def split(entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
+    """The entries without, and with only, one in 20 of their wordings, chosen at random."""
+    kept, left_out = [], []
+    for entry in entries:
+        chosen = set(random.Random(entry.topic).sample(entry.questions, len(entry.questions) // 20))
+        rest = tuple(question for question in entry.questions if question not in chosen)
+        kept.append(dataclasses.replace(entry, questions=rest))
+        if chosen and not entry.after:
+            left_out.append(dataclasses.replace(entry, questions=tuple(sorted(chosen))))
+    return kept, left_out
+
+
+class LocalChat:
+    """The checkpoint in plain transformers."""
+
+    def __init__(self, directory: Path) -> None:
+        self._tokenizer = AutoTokenizer.from_pretrained(directory)
+        self._tokenizer.padding_side = "left"
+        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+    def answer(self, conversations: Sequence[Sequence[str]]) -> list[str]:
+        """See `training.evaluate.Chat`."""
+        answers: list[str] = []
+        for start in range(0, len(conversations), 32):
+            answers += self._answer(conversations[start : start + 32])
+        return answers
+
+    @torch.inference_mode()
+    def _answer(self, conversations: Sequence[Sequence[str]]) -> list[str]:
+        roles = ("user", "assistant")
+        texts = [
+            self._tokenizer.apply_chat_template(
+                [{"role": roles[turn % 2], "content": text} for turn, text in enumerate(conversation)],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+            for conversation in conversations
+        ]
+        inputs = self._tokenizer(texts, return_tensors="pt", padding=True)
+        outputs = self._model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=_MAX_ANSWER_TOKENS,
+        )
+        answers = self._tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :])
+        return [answer.partition(END)[0].strip() for answer in answers]
+
+
+def assess(
+    directory: Path, entries: Sequence[Entry], left_out: Sequence[Entry], show: bool
+) -> dict[str, float]:
+    """Evaluate the checkpoint, print what came out, and return the shares of right answers."""
+    chat = LocalChat(directory)
+    started = time.monotonic()
+    figures: dict[str, float] = {}
+    if left_out:
+        pairs = [(entry, question) for entry in left_out for question in entry.questions]
+        answers = chat.answer([[question] for _, question in pairs])
+        wrong = [(e.topic, q, a) for (e, q), a in zip(pairs, answers, strict=True) if a != e.answer]
+        figures["validation"] = 1 - len(wrong) / len(pairs)
+        if show:
+            for topic, question, answer in wrong:
+                print(f"[{topic}] {question}\n    {answer}")
+    questions, off_topic = load_questions(), load_off_topic()
+    verdicts = judge(chat, questions) + judge(chat, off_topic)
+    print(report(verdicts))
+    if show:
+        for verdict in verdicts:
+            if not verdict.is_right:
+                print(
+                    f"[{verdict.question.topic}] {' / '.join(verdict.question.questions)}\n    {verdict.answer}"
+                )
+    about = [verdict for verdict in verdicts if verdict.question.area not in ("off_topic", "small_talk")]
+    figures["questions"] = sum(verdict.is_right for verdict in about) / len(about)
+    for area in ("small_talk", "off_topic"):
+        of_area = [verdict for verdict in verdicts if verdict.question.area == area]
+        figures[area] = sum(verdict.is_right for verdict in of_area) / max(1, len(of_area))
+    same, grams = overlap([*questions, *off_topic], entries)
+    figures |= {"same_wordings": same, "shared_5_grams": round(grams, 4)}
+    figures["seconds"] = round(time.monotonic() - started)
+    print(json.dumps(figures))
+    return figures
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Trains the model: a plain PyTorch loop over generated dialogues, on CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from training.chat_format import CONTEXT_TOKENS, Example, encode
+from training.dialogues import DialogueWriter
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what comes out. The defaults make the bundled model."""
+
+    hidden_size: int = 256
+    intermediate_size: int = 704
+    num_blocks: int = 8
+    num_heads: int = 4
+    num_key_value_heads: int = 2
+    steps: int = 2000
+    tokens_per_step: int = 4096
+    learning_rate: float = 1.5e-3
+    warmup_steps: int = 100
+    final_learning_rate: float = 5e-5
+    weight_decay: float = 0.1
+    dropout: float = 0.1
+    """Share of the embeddings' values that training hides."""
+    seed: int = 2026
+    report_every: int = 50
+
+
+def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A model with random weights, in float32."""
+    torch.manual_seed(recipe.seed)
+    end = tokenizer.eos_token_id
+    config = LlamaConfig(
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.num_blocks,
+        num_attention_heads=recipe.num_heads,
+        num_key_value_heads=recipe.num_key_value_heads,
+        max_position_embeddings=CONTEXT_TOKENS,
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=True,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    return LlamaForCausalLM(config)
+
+
+def train(model: LlamaForCausalLM, batches: Iterator[list[Example]], recipe: Recipe) -> None:
+    """Train the model in place, one batch a step. Prints its progress."""
+    decayed = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=recipe.learning_rate,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    model.train()
+    losses, tokens, started = [], 0, time.monotonic()
+    for step, batch in enumerate(islice(batches, recipe.steps), 1):
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(step, recipe)
+        loss = _loss(model, batch, recipe)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        tokens += sum(len(example.token_ids) for example in batch)
+        if step % recipe.report_every == 0 or step == recipe.steps:
+            minutes = (time.monotonic() - started) / 60
+            print(
+                f"step {step} of {recipe.steps}, loss {sum(losses) / len(losses):.3f}, "
+                f"{tokens / 1e6:.2f} million tokens, {minutes:.1f} min, {time.process_time() / 60:.1f} CPU min",
+                flush=True,
+            )
+            losses.clear()
+    model.eval()
+
+
+def batches(
+    writer: DialogueWriter, tokenizer: PreTrainedTokenizerFast, recipe: Recipe
+) -> Iterator[list[Example]]:
+    """Endless batches of about ``tokens_per_step`` tokens, padding included.
+
+    Each batch has dialogues of like length: a pool of some batches' dialogues is sorted by length, cut into
+    batches, and these are shuffled.
+    """
+    generator = torch.Generator().manual_seed(recipe.seed)
+    dialogues = iter(writer)
+    while True:
+        pool: list[Example] = []
+        while sum(len(example.token_ids) for example in pool) < 32 * recipe.tokens_per_step:
+            pool += [encode(dialogue, tokenizer) for dialogue in islice(dialogues, 64)]
+        pool.sort(key=lambda example: len(example.token_ids))
+        cut = _cut(pool, recipe.tokens_per_step)
+        for index in torch.randperm(len(cut), generator=generator).tolist():
+            yield cut[index]
+
+
+def _cut(pool: list[Example], tokens_per_step: int) -> list[list[Example]]:
+    batches: list[list[Example]] = [[]]
+    for example in pool:
+        if batches[-1] and (len(batches[-1]) + 1) * len(example.token_ids) > tokens_per_step:
+            batches.append([])
+        batches[-1].append(example)
+    return batches
+
+
+def _learning_rate(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, then half a cosine."""
+    if step < recipe.warmup_steps:
+        return recipe.learning_rate * step / recipe.warmup_steps
+    progress = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
+    span = recipe.learning_rate - recipe.final_learning_rate
+    return recipe.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _loss(model: LlamaForCausalLM, batch: list[Example], recipe: Recipe) -> torch.Tensor:
+    """The mean cross-entropy of the tokens that the model is to say.
+
+    Shorter dialogues are padded at their ends, where causal attention never looks from.
+    """
+    longest = max(len(example.token_ids) for example in batch)
+    token_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+    is_said = torch.zeros(len(batch), longest, dtype=torch.bool)
+    for row, example in enumerate(batch):
+        token_ids[row, : len(example.token_ids)] = torch.tensor(example.token_ids)
+        is_said[row, : len(example.is_said)] = torch.tensor(example.is_said)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_fast_bfloat16()):
+        embeddings = model.model.embed_tokens(token_ids)
+        embeddings = torch.nn.functional.dropout(embeddings, recipe.dropout, training=model.training)
+        hidden = model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        logits = model.lm_head(hidden[:, :-1][is_said[:, 1:]])
+    return cross_entropy(logits.float(), token_ids[:, 1:][is_said[:, 1:]])
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices itself; others only emulate it."""
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    flags = torch.cpu._is_avx512_bf16_supported() if capabilities.startswith("AVX512") else False
+    return bool(flags)
