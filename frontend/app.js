@@ -10,7 +10,7 @@
 
 import { Chat, textOf } from "./chat.js";
 import { fetchModels } from "./session.js";
-import { failureSentence, modelRemark, modelSentence, waitingSentence } from "./words.js";
+import { failureSentence, modelRemark, modelSentence, queueSentence, waitingSentence } from "./words.js";
 
 const READY_POLL_SECONDS = 30;
 const UNREADY_POLL_SECONDS = 3;
@@ -20,6 +20,7 @@ const page = {
   model: /** @type {HTMLSelectElement} */ (byId("model")),
   newChat: /** @type {HTMLButtonElement} */ (byId("new-chat")),
   welcome: byId("welcome"),
+  samples: byId("samples"),
   turns: byId("turns"),
   toLatest: byId("to-latest"),
   modelStatus: byId("model-status"),
@@ -52,12 +53,10 @@ const chat = new Chat((turn) => {
 page.composer.addEventListener("submit", (event) => {
   event.preventDefault();
   const question = page.message.value.trim();
-  const model = chosenModel();
-  if (question === "" || model === undefined || chat.isAnswering) return;
+  if (question === "" || chosenModel() === undefined || chat.isAnswering) return;
   page.message.value = "";
   fitMessage();
-  followsAnswer = true;
-  run(chat.ask(question, model));
+  ask(question);
 });
 
 page.message.addEventListener("keydown", (event) => {
@@ -70,6 +69,14 @@ page.message.addEventListener("keydown", (event) => {
 page.message.addEventListener("input", fitMessage);
 page.stop.addEventListener("click", () => chat.stop());
 page.newChat.addEventListener("click", startNewChat);
+
+/** @param {string} question */
+function ask(question) {
+  const model = chosenModel();
+  if (model === undefined || chat.isAnswering) return;
+  followsAnswer = true;
+  run(chat.ask(question, model));
+}
 
 /** @param {Promise<void>} answering */
 async function run(answering) {
@@ -154,6 +161,7 @@ function showOutcome(turn, article) {
 
 /** @param {Turn} turn */
 function outcomeSentence(turn) {
+  if (turn.place !== null) return queueSentence(turn.place);
   if (turn.state === "waiting") return waitingSentence(turn.error ?? "");
   if (turn.state === "failed") return failureSentence(turn.error ?? "");
   return turn.state === "stopped" ? "You stopped this answer." : "";
@@ -269,9 +277,28 @@ function showChosenModel() {
   if (model === undefined) return;
   page.modelStatus.textContent = modelSentence(model);
   page.modelStatus.hidden = page.modelStatus.textContent === "";
+  showSamples(model);
   page.modelLinks.replaceChildren();
   if (model.model_card) page.modelLinks.append(newTabLink("Model card", model.model_card));
   if (model.license) page.modelLinks.append(newTabLink("Licence", model.license));
+}
+
+/** @param {Model} model */
+function showSamples(model) {
+  if (page.samples.dataset.model === model.key) return; // whoever is on a button stays there
+  page.samples.dataset.model = model.key;
+  page.samples.replaceChildren(
+    ...model.chat.sample_questions.map((question) => {
+      const item = document.createElement("li");
+      const button = document.createElement("button");
+      button.type = "button";
+      button.className = "quiet";
+      button.textContent = question;
+      button.onclick = () => ask(question);
+      item.append(button);
+      return item;
+    }),
+  );
 }
 
 /** @param {string} words @param {string} url */

@@ -13,6 +13,7 @@
  * @property {string} answer As the model wrote it, stop text included.
  * @property {"answering" | "waiting" | "finished" | "stopped" | "failed"} state
  * @property {string | null} error The code of what the turn waits for, or failed with.
+ * @property {number | null} place In the queue for the swarm's memory, if it waits there; 1 = next.
  * @property {Model} model
  */
 
@@ -49,7 +50,7 @@ export class Chat {
     // A question that never got an answer would only confuse the model.
     this.#turns = this.#turns.filter((turn) => turn.state === "finished" || textOf(turn) !== "");
     /** @type {Turn} */
-    const turn = { question, answer: "", state: "answering", error: null, model };
+    const turn = { question, answer: "", state: "answering", error: null, place: null, model };
     this.#turns.push(turn);
     return this.#answer(turn, this.#continuation(turn), RECONNECTABLE);
   }
@@ -97,11 +98,12 @@ export class Chat {
     for (let attempt = 0; ; ) {
       try {
         const inputs = continuation ?? this.#openSession(turn);
-        await this.#session?.generate(inputs, (outputs) => {
+        const receive = (/** @type {string} */ outputs) => {
           attempt = 0;
           turn.answer += outputs;
           this.#update(turn, "answering", null);
-        });
+        };
+        await this.#session?.generate(inputs, receive, (place) => this.#update(turn, "waiting", null, place));
         return this.#end(turn, "finished", null);
       } catch (error) {
         if (!(error instanceof SessionError)) throw error;
@@ -140,10 +142,11 @@ export class Chat {
     this.#session = null;
   }
 
-  /** @param {Turn} turn @param {Turn["state"]} state @param {string | null} error */
-  #update(turn, state, error) {
+  /** @param {Turn} turn @param {Turn["state"]} state @param {string | null} error @param {number | null} place */
+  #update(turn, state, error, place = null) {
     turn.state = state;
     turn.error = error;
+    turn.place = place;
     // A turn that was forgotten still has to end, but that is nobody's business.
     if (this.#turns.includes(turn)) this.#changed(turn);
   }

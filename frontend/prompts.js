@@ -10,6 +10,7 @@
  * @property {string} stop_token Ends an answer.
  * @property {string[]} extra_stop_sequences End an answer too.
  * @property {Record<string, number | boolean>} generation Sampling parameters.
+ * @property {string[]} sample_questions What a new chat may begin with.
  *
  * @typedef {object} Exchange
  * @property {string} question

@@ -41,7 +41,10 @@ export class Session {
   #socket;
   /** @type {string[]} Frames for when the connection is open. */
   #unsent = [];
-  /** @type {{receive: (outputs: string) => void, resolve: () => void, reject: (error: SessionError) => void} | null} */
+  /**
+   * @type {{receive: (outputs: string) => void, wait: (place: number) => void, resolve: () => void,
+   *   reject: (error: SessionError) => void} | null}
+   */
   #generation = null;
 
   /** @param {Model} model */
@@ -53,7 +56,12 @@ export class Session {
     this.#socket.onopen = () => this.#unsent.splice(0).forEach((frame) => this.#socket.send(frame));
     this.#socket.onmessage = (event) => this.#receive(JSON.parse(event.data));
     this.#socket.onclose = () => this.#fail("connection_lost");
-    this.#send({ type: "open_inference_session", model: model.key, max_length: model.max_session_length });
+    this.#send({
+      type: "open_inference_session",
+      model: model.key,
+      max_length: model.max_session_length,
+      queue_places: true,
+    });
   }
 
   get isOpen() {
@@ -65,12 +73,13 @@ export class Session {
    *
    * @param {string} inputs
    * @param {(outputs: string) => void} receive Gets each piece of the answer.
+   * @param {(place: number) => void} wait Gets the place in the queue, while the swarm has no room; 1 = next.
    * @returns {Promise<void>} Rejects with a `SessionError`; the session is closed then.
    */
-  generate(inputs, receive) {
+  generate(inputs, receive, wait) {
     const { stop_token, extra_stop_sequences, generation } = this.model.chat;
     return new Promise((resolve, reject) => {
-      this.#generation = { receive, resolve, reject };
+      this.#generation = { receive, wait, resolve, reject };
       this.#send({
         type: "generate",
         inputs,
@@ -95,11 +104,13 @@ export class Session {
     else this.#socket.send(frame);
   }
 
-  /** @param {{ok: boolean, outputs?: string, stop?: boolean, code?: string}} reply */
+  /** @param {{ok: boolean, outputs?: string, stop?: boolean, queue_place?: number, code?: string}} reply */
   #receive(reply) {
     if (!reply.ok) {
       this.#fail(reply.code ?? "internal_error");
       this.#socket.close();
+    } else if (reply.queue_place !== undefined) {
+      this.#generation?.wait(reply.queue_place);
     } else if (reply.outputs !== undefined && this.#generation) {
       this.#generation.receive(reply.outputs);
       if (reply.stop) {

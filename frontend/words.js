@@ -35,6 +35,12 @@ export function waitingSentence(code) {
   return WAITING[code] ?? "Trying again…";
 }
 
+/** @param {number} place 1 = next. */
+export function queueSentence(place) {
+  const others = place === 1 ? "You are next." : `There are ${place - 1} before you.`;
+  return `The machines that run this model have no room for more chats at the moment. ${others}`;
+}
+
 /** @param {string} code */
 export function failureSentence(code) {
   return FAILED[code] ?? "Something went wrong on the server. Try again; if it stays like this, tell the people who run it.";

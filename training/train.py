@@ -15,6 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from training.chat_format import CONTEXT_TOKENS, Example, encode
 from training.dialogues import DialogueWriter
 
+LENGTH_STEP = 16
+"""Batches are padded to a multiple of this many tokens."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -113,10 +116,16 @@ def batches(
 def _cut(pool: list[Example], tokens_per_step: int) -> list[list[Example]]:
     batches: list[list[Example]] = [[]]
     for example in pool:
-        if batches[-1] and (len(batches[-1]) + 1) * len(example.token_ids) > tokens_per_step:
+        rows = max(1, tokens_per_step // _padded(len(example.token_ids), LENGTH_STEP))
+        if len(batches[-1]) >= rows:
             batches.append([])
         batches[-1].append(example)
     return batches
+
+
+def _padded(length: int, step: int) -> int:
+    """The next multiple of ``step``: the CPU's library prepares, and keeps, programs for each shape it meets."""
+    return -(-length // step) * step
 
 
 def _learning_rate(step: int, recipe: Recipe) -> float:
@@ -133,7 +142,7 @@ def _loss(model: LlamaForCausalLM, batch: list[Example], recipe: Recipe) -> torc
 
     Shorter dialogues are padded at their ends, where causal attention never looks from.
     """
-    longest = max(len(example.token_ids) for example in batch)
+    longest = _padded(max(len(example.token_ids) for example in batch), LENGTH_STEP)
     token_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
     is_said = torch.zeros(len(batch), longest, dtype=torch.bool)
     for row, example in enumerate(batch):

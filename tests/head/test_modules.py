@@ -1,61 +1,46 @@
 """The gateway's share of a model computes what transformers' whole model computes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    FalconConfig,
-    LlamaConfig,
-    PretrainedConfig,
-    Qwen2Config,
-)
+from transformers import Gemma2Config
 
 from petals_chat.errors import ConfigurationError
 from petals_chat.head.modules import load_client_modules
 from petals_chat.models.checkpoint import open_checkpoint
+from petals_chat.swarm.families import supported_model_types
+from tests.tiny_models import KINDS
 
-SMALL: dict[str, Any] = {"vocab_size": 300, "hidden_size": 64}
-LLAMA_LIKE: dict[str, Any] = {
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{kind: (kind, {}) for kind in KINDS},
+    "llama, tied": ("llama", {"tie_word_embeddings": True}),
+    "qwen2, rough": ("qwen2", {"rms_norm_eps": 1e-3}),
+    "falcon, tied": ("falcon_180b", {"tie_word_embeddings": True}),
 }
-CONFIGS: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**SMALL, **LLAMA_LIKE),
-    "llama, tied": LlamaConfig(**SMALL, **LLAMA_LIKE, tie_word_embeddings=True),
-    "qwen2": Qwen2Config(**SMALL, **LLAMA_LIKE, rms_norm_eps=1e-3),
-    "bloom": BloomConfig(**SMALL, n_layer=2, n_head=4),
-    "falcon": FalconConfig(**SMALL, num_hidden_layers=2, num_attention_heads=4),
-    "falcon, untied": FalconConfig(
-        **SMALL, num_hidden_layers=2, num_attention_heads=4, tie_word_embeddings=False
-    ),
-}
+"""Kinds of tiny models, and what is changed in them."""
 TOKENS = [1, 7, 299, 7, 42]
 CPU = torch.device("cpu")
 
 
-def build(config: PretrainedConfig, dtype: torch.dtype) -> Any:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    for name, parameter in model.named_parameters():
-        if "norm" in name or "ln_f" in name:
-            parameter.data.uniform_(0.5, 1.5)
-    return model.to(dtype)
+def build(name: str, dtype: torch.dtype) -> Any:
+    kind, changes = MODELS[name]
+    return KINDS[kind].make_model(num_hidden_layers=2, vocab_size=300, **changes).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("max_shard_size", ["1GB", "60KB"])
+def test_every_model_type_that_hosts_serve_has_a_model_here() -> None:
+    assert {KINDS[kind].model_type for kind, _ in MODELS.values()} == set(supported_model_types())
+
+
+@pytest.mark.parametrize(("dtype", "max_shard_size"), [(torch.float32, "1GB"), (torch.bfloat16, "60KB")])
+@pytest.mark.parametrize("name", MODELS)
 def test_embeddings_and_logits_equal_those_of_transformers(
     name: str, dtype: torch.dtype, max_shard_size: str, tmp_path: Path
 ) -> None:
-    model = build(CONFIGS[name], dtype)
+    model = build(name, dtype)
     model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     assert (tmp_path / "model.safetensors").exists() == (max_shard_size == "1GB")
     block_inputs: list[torch.Tensor] = []
@@ -80,8 +65,52 @@ def test_embeddings_and_logits_equal_those_of_transformers(
         assert torch.equal(logits, expected)
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"rope_scaling": {"type": "su"}, "original_max_position_embeddings": 4096}, 4096),
+        ({"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 64}}, 64),
+        ({"rope_scaling": None, "original_max_position_embeddings": 4096}, None),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, None),
+    ],
+    ids=["first Phi-3", "transformers 5", "without LongRoPE", "another rope"],
+)
+def test_the_length_of_short_contexts_is_found_in_old_and_new_configurations(
+    tmp_path: Path, config: dict[str, Any], expected: int | None
+) -> None:
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    everything = {"model_type": "phi3", "num_hidden_layers": 1, **config}
+    (tmp_path / "config.json").write_text(json.dumps(everything))
+    assert open_checkpoint(str(tmp_path), None).short_context == expected
+
+
+def test_gemma_2_caps_logits_also_where_its_configuration_is_silent(tmp_path: Path) -> None:
+    build("gemma2", torch.float32).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["final_logit_softcapping"]
+    path.write_text(json.dumps(config))
+    modules = load_client_modules(open_checkpoint(str(tmp_path), None), device=CPU, dtype=torch.float32)
+    assert modules.logit_cap == Gemma2Config().final_logit_softcapping
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rms_norm_eps", "1e-6"), ("final_logit_softcapping", "30"), ("final_logit_softcapping", 0)],
+)
+def test_numbers_in_the_configuration_that_cannot_be_are_refused_by_name(
+    tmp_path: Path, name: str, value: object
+) -> None:
+    build("gemma2", torch.float32).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    checkpoint = open_checkpoint(str(tmp_path), None)
+    with pytest.raises(ConfigurationError, match=f"{'epsilon' if 'eps' in name else name} must be a number"):
+        load_client_modules(checkpoint, device=CPU, dtype=torch.float32)
+
+
 def test_weights_in_their_own_precision_stay_mapped_from_the_file(tmp_path: Path) -> None:
-    build(CONFIGS["llama"], torch.bfloat16).save_pretrained(tmp_path)
+    build("llama", torch.bfloat16).save_pretrained(tmp_path)
     modules = load_client_modules(open_checkpoint(str(tmp_path), None), device=CPU, dtype=torch.bfloat16)
     mapped = Path("/proc/self/maps").read_text().splitlines()
     ranges = [
@@ -94,7 +123,7 @@ def test_weights_in_their_own_precision_stay_mapped_from_the_file(tmp_path: Path
 
 
 def test_a_checkpoint_without_the_tensors_is_refused_with_their_names(tmp_path: Path) -> None:
-    CONFIGS["llama"].save_pretrained(tmp_path)
+    KINDS["llama"].make_config().save_pretrained(tmp_path)
     save_file({"model.embed_tokens.weight": torch.zeros(300, 64)}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigurationError, match="lm_head"):
         load_client_modules(open_checkpoint(str(tmp_path), None), device=CPU, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""A client of a swarm made of Petals' own parts alone, to test hosts with: greedy tokens for each request.
+"""A client that asks a swarm by Petals' own parts alone, to test hosts with: greedy tokens for each request.
 
 Reads requests as lines of JSON, writes answers as such. A process of its own, because hivemind forks.
 """
@@ -9,51 +9,30 @@ import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from safetensors import safe_open
 
+from petals_chat.head.modules import ClientModules, load_client_modules
+from petals_chat.models.checkpoint import open_checkpoint
 from petals_chat.swarm import compat
 
 
-class Ends:
-    """Embeddings, final norm and LM head of a Llama-like checkpoint in float32."""
-
-    def __init__(self, directory: Path) -> None:
-        weights: dict[str, torch.Tensor] = {}
-        for path in directory.glob("*.safetensors"):
-            with safe_open(path, framework="pt") as file:
-                weights |= {name: file.get_tensor(name) for name in file.keys() if ".layers." not in name}  # noqa: SIM118
-        config = json.loads((directory / "config.json").read_text())
-        self.epsilon = config["rms_norm_eps"]
-        self.num_blocks = config["num_hidden_layers"]
-        self.embeddings = weights["model.embed_tokens.weight"]
-        self.norm = weights["model.norm.weight"]
-        self.head = weights.get("lm_head.weight", self.embeddings)
-
-    def embed(self, tokens: list[int]) -> torch.Tensor:
-        return F.embedding(torch.tensor([tokens]), self.embeddings)
-
-    def next_token(self, hidden_states: torch.Tensor) -> int:
-        last = hidden_states[0, -1]
-        normed = last * torch.rsqrt(last.pow(2).mean() + self.epsilon) * self.norm
-        return int(F.linear(normed, self.head).argmax())
-
-
-def generate(ends: Ends, manager: Any, prompt: list[int], new_tokens: int, chunk: int) -> list[int]:
+def generate(ends: ClientModules, manager: Any, prompt: list[int], new_tokens: int, chunk: int) -> list[int]:
     """Greedy continuation of ``prompt``, sent in pieces of ``chunk`` tokens."""
     from petals.client.inference_session import InferenceSession
 
     tokens: list[int] = []
+
+    def choose_token(hidden_states: torch.Tensor) -> None:
+        tokens.append(int(ends.logits(hidden_states[0, -1:]).argmax()))
+
     with torch.inference_mode(), InferenceSession(manager, max_length=len(prompt) + new_tokens) as session:
         for start in range(0, len(prompt), chunk):
             output = session.step(ends.embed(prompt[start : start + chunk]))
-        tokens.append(ends.next_token(output))
+        choose_token(output)
         while len(tokens) < new_tokens:
-            tokens.append(ends.next_token(session.step(ends.embed(tokens[-1:]))))
+            choose_token(session.step(ends.embed(tokens[-1:])))
     return tokens
 
 
@@ -64,14 +43,15 @@ def answer(request: dict[str, Any]) -> list[list[int]]:
     from petals.client.config import ClientConfig
     from petals.client.routing import RemoteSequenceManager
 
-    ends = Ends(Path(request["model"]))
+    checkpoint = open_checkpoint(request["model"])
+    ends = load_client_modules(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
     peers, prefix = tuple(request["peers"]), request["dht_prefix"]
-    uids = tuple(f"{prefix}.{block}" for block in range(ends.num_blocks))
+    uids = tuple(f"{prefix}.{block}" for block in range(checkpoint.num_blocks))
     config = ClientConfig(
         initial_peers=peers,
         dht_prefix=prefix,
         max_retries=2,
-        request_timeout=5,
+        request_timeout=request["request_timeout"],
         show_route=False,
         active_adapter=request["adapter"],
     )

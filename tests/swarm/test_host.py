@@ -17,81 +17,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from petals_chat.swarm.families import supported_model_types
-from petals_chat.swarm.host_options import HostReady
+from tests.swarm.conftest import AskClient
 from tests.swarm_processes import STOP_TIMEOUT_SECONDS, HostProcess, running_host
-from tests.tiny_models import KINDS, greedy_tokens, load_reference
+from tests.tiny_models import greedy_tokens, load_reference
 
-HARDEST_KINDS = {kind.model_type: name for name, kind in KINDS.items()}
-"""For each family the last of its kinds, the one that differs most from the others."""
 PROMPTS = [
     [(seed * i * i + 31 * i) % 512 for i in range(length)] for seed, length in ((7, 40), (3, 5), (11, 150))
 ]
 NEW_TOKENS = 24
-
-AskClient = Callable[..., list[list[int]]]
-
-
-@pytest.fixture(scope="module")
-def ask() -> Iterator[AskClient]:
-    """Greedy tokens for each prompt, from a client process of Petals' own parts."""
-    client = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "tests.swarm.greedy_client"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    requests, answers = client.stdin, client.stdout
-    assert requests is not None
-    assert answers is not None
-
-    def ask_client(
-        model: Path,
-        host: HostReady,
-        prompts: list[list[int]],
-        chunk: int = 512,
-        adapter: str | None = None,
-        new_tokens: int = NEW_TOKENS,
-    ) -> list[list[int]]:
-        request = {
-            "model": str(model),
-            "peers": host.peers,
-            "dht_prefix": host.dht_prefix,
-            "prompts": prompts,
-            "new_tokens": new_tokens,
-            "chunk": chunk,
-            "adapter": adapter,
-        }
-        requests.write(json.dumps(request) + "\n")
-        requests.flush()
-        reply = json.loads(answers.readline())
-        if "error" in reply:
-            raise RuntimeError(reply["error"])
-        tokens: list[list[int]] = reply["tokens"]
-        return tokens
-
-    yield ask_client
-    requests.close()
-    assert client.wait(30) == 0
-    answers.close()
-
-
-@pytest.fixture(scope="module")
-def chains(tiny_model: Callable[[str], Path]) -> Iterator[dict[str, HostReady]]:
-    """For each family a swarm of two hosts, with blocks 0:2 and 2:4; the first host's address."""
-    with contextlib.ExitStack() as stack:
-        models = {kind: tiny_model(kind) for kind in HARDEST_KINDS.values()}
-        firsts = {
-            kind: stack.enter_context(_starting(model, "--blocks=0:2")) for kind, model in models.items()
-        }
-        ready = {kind: host.wait_until_ready() for kind, host in firsts.items()}
-        seconds = [
-            stack.enter_context(_starting(models[kind], "--blocks=2:4", initial_peers=first.peers))
-            for kind, first in ready.items()
-        ]
-        for host in seconds:
-            host.wait_until_ready()
-        yield ready
 
 
 @contextlib.contextmanager
@@ -101,16 +34,6 @@ def _starting(model: Path, *arguments: str, initial_peers: tuple[str, ...] = ())
         yield host
     finally:
         host.release()
-
-
-@pytest.mark.parametrize("model_type", supported_model_types())
-def test_two_chained_hosts_generate_what_transformers_generates(
-    tiny_model: Callable[[str], Path], chains: dict[str, HostReady], ask: AskClient, model_type: str
-) -> None:
-    kind = HARDEST_KINDS[model_type]
-    model = load_reference(tiny_model(kind))
-    expected = [greedy_tokens(model, prompt, NEW_TOKENS) for prompt in PROMPTS]
-    assert ask(tiny_model(kind), chains[kind], PROMPTS, chunk=64) == expected
 
 
 def test_one_host_serves_many_sessions_at_once(
@@ -150,9 +73,10 @@ def write_adapter(directory: Path, model: Any) -> Path:
 
 
 def test_the_ready_line_says_what_is_served_and_where(
-    tiny_model: Callable[[str], Path], chains: dict[str, HostReady]
+    tiny_model: Callable[[str], Path],
 ) -> None:
-    ready = chains["llama31"]
+    with running_host(tiny_model("llama31"), "--blocks=0:2") as ready:
+        pass
     assert (ready.start, ready.end, ready.num_blocks) == (0, 2, 4)
     assert (ready.dtype, ready.device) == ("float32", "cpu")
     assert ready.dht_prefix == "tiny-llama31-v1-hf"

@@ -24,7 +24,7 @@ from petals_chat.engine.rooms import RoomQueue
 from petals_chat.engine.sessions import Model, Session, Usage
 from petals_chat.engine.tokenizer import Tokenizer
 from petals_chat.errors import InternalError, PetalsChatError, SessionExpiredError
-from petals_chat.head.batcher import HeadBatcher
+from petals_chat.head.batcher import HeadBatcher, use_threads_that_pay
 from petals_chat.head.modules import load_client_modules
 from petals_chat.head.precision import resolve_device, resolve_dtype
 from petals_chat.models.checkpoint import open_checkpoint
@@ -267,7 +267,7 @@ def _load(command: StartWorker) -> tuple[Model, SwarmClient, WorkerStarted]:
     )
     model = Model(
         Tokenizer(command.repository, command.revision, config),
-        HeadBatcher(modules),
+        HeadBatcher(modules, row_seconds=use_threads_that_pay(modules)),
         Swarm(modules, swarm.open_session, rooms, prefill_chunk_tokens=command.prefill_chunk_tokens),
         PrefixStore(idle_timeout=command.prefix_idle_timeout),
     )

@@ -99,6 +99,8 @@ class SessionV2:
         self._same_origin = same_origin
         self._opening: OpenSession | None = None
         self._wants_queue_places = False
+        self._last_generate: tuple[str, StartGeneration] | None = None
+        """The last such frame and what it says: clients that go on token by token send the same one each time."""
         self._pending: deque[OpenSession | StartGeneration | Fail] = deque()
         self._running: OpenSession | StartGeneration | None = None
         self._last_words = False
@@ -111,7 +113,12 @@ class SessionV2:
         if self._last_words:
             return []
         try:
-            return self._enqueue(self._parse(frame))
+            if self._last_generate is not None and frame == self._last_generate[0]:
+                return self._enqueue(self._last_generate[1])
+            request = self._parse(frame)
+            if isinstance(request, StartGeneration):
+                self._last_generate = (frame, request)
+            return self._enqueue(request)
         except PetalsChatError as error:
             return self._enqueue(Fail(error))
 

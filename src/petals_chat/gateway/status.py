@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
+from urllib.parse import quote
 
 import msgspec
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from petals_chat.engine.interface import Engine, ModelState, ModelStatus
 from petals_chat.gateway.error_responses import ErrorReply
@@ -124,6 +126,14 @@ class StatusPages:
             responses={404: {"model": ErrorReply, "description": "There is no such model."}},
         )
         router.add_api_route("/api/models", self.list_models, response_model=ModelList)
+        router.add_api_route(
+            "/api/models/card",
+            self.model_card,
+            response_class=PlainTextResponse,
+            responses={
+                404: {"model": ErrorReply, "description": "There is no such model, or no card of it."}
+            },
+        )
         return router
 
     async def healthz(self) -> Response:
@@ -171,11 +181,28 @@ class StatusPages:
         """List the models, the default one first, with what a chat with them needs."""
         return _json(ModelList(models=[self._describe(model) for model in self._models]))
 
+    async def model_card(
+        self,
+        model: Annotated[str | None, Query(description="Without it, the default model.")] = None,
+    ) -> Response:
+        """Show the description of a model that is in a directory of this server.
+
+        Raises:
+            UnknownModelError: there is no such model.
+        """
+        file = _card_file(self._models.find(model))
+        if not await asyncio.to_thread(file.is_file):
+            return PlainTextResponse("This model has no card on this server.", 404)
+        # As plain text it is shown as it is, whatever stands in it.
+        return PlainTextResponse(await asyncio.to_thread(file.read_text, encoding="utf-8"))
+
     def _describe(self, model: ModelSettings) -> dict[str, Any]:
         status = self._engine.statuses[model.key]
         chat = model.chat.model_dump()
         limit = chat.pop("max_session_length")
         shown = model.model_dump(include={"key", "name", "family", "model_card", "license", "public_api"})
+        if model.model_card is None and _card_file(model).is_file():
+            shown["model_card"] = f"api/models/card?model={quote(model.key)}"  # relative to the page
         return {
             **shown,
             "default": model is self._models.default,
@@ -184,6 +211,10 @@ class StatusPages:
             "max_session_length": status.worker.max_session_length if status.worker else limit,
             "chat": chat,
         }
+
+
+def _card_file(model: ModelSettings) -> Path:
+    return Path(model.repository, "README.md")
 
 
 def _block_statuses(status: ModelStatus, peers: tuple[SwarmPeer, ...]) -> Iterator[BlockStatus]:

@@ -1,12 +1,16 @@
 """One norm, LM head and sampling for the rows of all sessions that wait.
 
-The LM head is bound by reading its weights, so many rows cost little more than one. Rows that arrive while a
-batch is computed form the next one; a row that comes alone is computed at once.
+A large LM head is bound by reading its weights, so many rows cost little more than one: it is computed in a
+thread, and rows that arrive meanwhile form the next batch. There is no waiting for a batch to fill: what the
+swarm sends arrives either together or while a batch is computed (docs/log.md has the measurement). A small head
+takes less time than the way to a thread and back: it is computed in the event loop, for all rows of one turn.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -16,15 +20,27 @@ from petals_chat.head.modules import ClientModules
 
 MAX_ROWS = 64
 """Bounds the memory of one batch's logits (float32: rows x vocabulary x 4 bytes, several times over)."""
+INLINE_SECONDS = 0.001
+"""A head whose row takes longer than this goes to the thread."""
+_TRIALS = 5
+
+_Row = tuple[torch.Tensor, TokenSampler, asyncio.Future[int]]
 
 
 class HeadBatcher:
-    """Turns last hidden states into tokens, in a thread, so that the event loop goes on meanwhile."""
+    """Turns last hidden states into tokens; use from one event loop.
 
-    def __init__(self, modules: ClientModules) -> None:
+    Args:
+        row_seconds: how long one row takes, see `measure_row_seconds`.
+    """
+
+    def __init__(self, modules: ClientModules, *, row_seconds: float) -> None:
         self._modules = modules
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="head")
-        self._waiting: list[tuple[torch.Tensor, TokenSampler, asyncio.Future[int]]] = []
+        self._waiting: list[_Row] = []
+        self._is_scheduled = False
+        self._thread = (
+            ThreadPoolExecutor(1, thread_name_prefix="head") if row_seconds > INLINE_SECONDS else None
+        )
         self._batch_task: asyncio.Task[None] | None = None
 
     async def next_token(self, hidden_state: torch.Tensor, sampler: TokenSampler) -> int:
@@ -34,33 +50,97 @@ class HeadBatcher:
             hidden_state: output of the last block for the session's last token, [hidden_size].
             sampler: how this session chooses.
         """
-        result: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[int] = loop.create_future()
         self._waiting.append((hidden_state, sampler, result))
-        if self._batch_task is None:
-            self._batch_task = asyncio.create_task(self._compute_batches())
+        if self._thread is None:
+            if not self._is_scheduled:
+                self._is_scheduled = True
+                loop.call_soon(self._compute_inline)
+        elif self._batch_task is None:
+            self._batch_task = asyncio.create_task(self._compute_in_thread(self._thread))
         return await result
 
-    async def _compute_batches(self) -> None:
+    def _compute_inline(self) -> None:
+        self._is_scheduled = False
+        while self._waiting:
+            rows = self._next_batch()
+            try:
+                tokens = self._compute(rows)
+            except Exception as error:
+                _fail(rows, error)
+            else:
+                _finish(rows, tokens)
+
+    async def _compute_in_thread(self, thread: ThreadPoolExecutor) -> None:
         loop = asyncio.get_running_loop()
         while self._waiting:
-            batch, self._waiting = self._waiting[:MAX_ROWS], self._waiting[MAX_ROWS:]
-            rows, samplers, results = zip(*batch, strict=True)
+            rows = self._next_batch()
             try:
-                tokens = await loop.run_in_executor(self._thread, self._compute, rows, samplers)
+                tokens = await loop.run_in_executor(thread, self._compute, rows)
             except Exception as error:
-                for result in results:
-                    if not result.done():
-                        result.set_exception(error)
+                _fail(rows, error)
             else:
-                for result, token in zip(results, tokens, strict=True):
-                    if not result.done():  # its session may have been cancelled meanwhile
-                        result.set_result(token)
+                _finish(rows, tokens)
         self._batch_task = None
 
-    def _compute(self, rows: tuple[torch.Tensor, ...], samplers: tuple[TokenSampler, ...]) -> list[int]:
+    def _next_batch(self) -> list[_Row]:
+        batch, self._waiting = self._waiting[:MAX_ROWS], self._waiting[MAX_ROWS:]
+        return batch
+
+    def _compute(self, rows: Sequence[_Row]) -> list[int]:
         with torch.inference_mode():
-            return choose_tokens(self._modules.logits(torch.stack(rows)), samplers)
+            hidden_states = torch.stack([hidden_state for hidden_state, _, _ in rows])
+            return choose_tokens(self._modules.logits(hidden_states), [sampler for _, sampler, _ in rows])
 
     def close(self) -> None:
         """End the thread."""
-        self._thread.shutdown(cancel_futures=True)
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+
+
+def measure_row_seconds(modules: ClientModules) -> float:
+    """How long the head takes for one row: the shortest of some trials."""
+    row = torch.zeros(1, modules.head.shape[1], dtype=modules.head.dtype, device=modules.head.device)
+
+    def trial() -> float:
+        began = time.perf_counter()
+        with torch.inference_mode():
+            modules.logits(row).argmax().item()
+        return time.perf_counter() - began
+
+    return _shortest(trial)
+
+
+def use_threads_that_pay(modules: ClientModules) -> float:
+    """Leave torch one thread for a head so small that more threads cost more than they save.
+
+    Returns:
+        How long one row takes then, in seconds.
+    """
+    threads = torch.get_num_threads()
+    with_all = measure_row_seconds(modules)
+    if threads == 1:
+        return with_all
+    torch.set_num_threads(1)
+    alone = measure_row_seconds(modules)
+    if alone <= max(with_all, INLINE_SECONDS):
+        return alone
+    torch.set_num_threads(threads)
+    return with_all
+
+
+def _shortest(trial: Callable[[], float]) -> float:
+    return min(trial() for _ in range(_TRIALS))
+
+
+def _finish(rows: Sequence[_Row], tokens: Sequence[int]) -> None:
+    for (_, _, result), token in zip(rows, tokens, strict=True):
+        if not result.done():  # its session may have been cancelled meanwhile
+            result.set_result(token)
+
+
+def _fail(rows: Sequence[_Row], error: Exception) -> None:
+    for _, _, result in rows:
+        if not result.done():
+            result.set_exception(error)

@@ -17,6 +17,10 @@ from safetensors import safe_open
 from petals_chat.errors import ConfigurationError
 from petals_chat.models.checkpoint import Checkpoint, client_tensors
 
+_GEMMA = ("gemma2", "gemma3_text")
+_GEMMA2_LOGIT_CAP = 30.0
+"""What transformers takes ``final_logit_softcapping`` to be where config.json is silent."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
@@ -25,6 +29,8 @@ class Norm:
     weight: torch.Tensor
     bias: torch.Tensor | None
     epsilon: float
+    adds_one: bool = False
+    """Whether one is added to the weights, as in Gemma's RMSNorm."""
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Normalise the last dimension; any shape [..., hidden_size]."""
@@ -32,6 +38,8 @@ class Norm:
             return F.layer_norm(hidden_states, self.weight.shape, self.weight, self.bias, self.epsilon)
         exact = hidden_states.float()  # LlamaRMSNorm: the mean in float32, the product in the model's dtype
         exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.epsilon)
+        if self.adds_one:
+            return (exact * (1.0 + self.weight.float())).to(hidden_states.dtype)
         return self.weight * exact.to(hidden_states.dtype)
 
 
@@ -45,6 +53,12 @@ class ClientModules:
     final_norm: Norm
     head: torch.Tensor
     """[vocab_size, hidden_size]; the embeddings again if the model ties them."""
+    embedding_scale: torch.Tensor | None = None
+    """What embeddings are multiplied with; a scalar of their dtype, as its rounding is part of the model."""
+    logit_cap: float | None = None
+    """Soft limit of the logits' absolute value."""
+    short_context: int | None = None
+    """See `Checkpoint.short_context`."""
 
     @property
     def vocab_size(self) -> int:
@@ -55,11 +69,16 @@ class ClientModules:
         """Token ids to the input of block 0: [1, len(tokens), hidden_size]."""
         ids = torch.tensor([tokens], device=self.embeddings.device)
         hidden_states = F.embedding(ids, self.embeddings)
+        if self.embedding_scale is not None:
+            hidden_states = hidden_states * self.embedding_scale
         return self.embeddings_norm(hidden_states) if self.embeddings_norm else hidden_states
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Output of the last block, [rows, hidden_size], to logits, float32 [rows, vocab_size]."""
-        return F.linear(self.final_norm(hidden_states), self.head).float()
+        logits = F.linear(self.final_norm(hidden_states), self.head)
+        if self.logit_cap is not None:
+            logits = torch.tanh(logits / self.logit_cap) * self.logit_cap
+        return logits.float()
 
 
 def load_client_modules(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> ClientModules:
@@ -76,8 +95,10 @@ def load_client_modules(checkpoint: Checkpoint, *, device: torch.device, dtype: 
             tensor: torch.Tensor = file.get_tensor(name)
         return tensor.to(device=device, dtype=dtype)
 
+    is_gemma = checkpoint.model_type in _GEMMA
+
     def read_norm(weight: str, bias: str | None) -> Norm:
-        return Norm(read(weight), read(bias) if bias else None, _norm_epsilon(checkpoint.config))
+        return Norm(read(weight), read(bias) if bias else None, _norm_epsilon(checkpoint.config), is_gemma)
 
     embeddings = read(names.embeddings)
     return ClientModules(
@@ -89,6 +110,9 @@ def load_client_modules(checkpoint: Checkpoint, *, device: torch.device, dtype: 
         ),
         final_norm=read_norm(names.final_norm_weight, names.final_norm_bias),
         head=read(names.head) if names.head else embeddings,
+        embedding_scale=embeddings.new_tensor(embeddings.shape[1] ** 0.5) if is_gemma else None,
+        logit_cap=_logit_cap(checkpoint.config),
+        short_context=checkpoint.short_context,
     )
 
 
@@ -98,3 +122,13 @@ def _norm_epsilon(config: dict[str, object]) -> float:
     if not isinstance(epsilon, int | float):
         raise ConfigurationError(f"config.json: the norm's epsilon must be a number, not {epsilon!r}")
     return float(epsilon)
+
+
+def _logit_cap(config: dict[str, object]) -> float | None:
+    default = _GEMMA2_LOGIT_CAP if config.get("model_type") == "gemma2" else None
+    cap = config.get("final_logit_softcapping", default)
+    if cap is not None and (not isinstance(cap, int | float) or cap <= 0):
+        raise ConfigurationError(
+            f"config.json: final_logit_softcapping must be a number greater than 0, not {cap!r}"
+        )
+    return cap

@@ -42,6 +42,24 @@ class Checkpoint:
         """Number of transformer blocks."""
         return int(self.config[_blocks_key(self.config)])
 
+    @property
+    def short_context(self) -> int | None:
+        """Tokens up to which a context has other rotary frequencies than a longer one (LongRoPE); None = never.
+
+        Beyond, all positions change. Hosts choose by the room that a session reserves.
+        """
+        rope = self.config.get("rope_scaling") or self.config.get("rope_parameters")
+        if not isinstance(rope, dict):
+            return None
+        names = {"longrope"}
+        if self.model_type == "phi3":
+            names |= {"su", "yarn"}  # as it was called at first
+        if rope.get("rope_type", rope.get("type")) not in names:
+            return None
+        key = "original_max_position_embeddings"
+        length = rope.get(key, self.config.get(key))
+        return length if isinstance(length, int) else None
+
     def fetch(self, names: Iterable[str]) -> dict[str, Path]:
         """The file of each of these tensors, after downloading those files that are not on this machine yet.
 
@@ -161,6 +179,7 @@ class _Layout:
 
 
 _LLAMA = _Layout(("model.",), "embed_tokens", "norm")
+_GEMMA = dataclasses.replace(_LLAMA, tied_by_default=True)
 _BLOOM = _Layout(
     ("transformer.", ""),
     "word_embeddings",
@@ -176,6 +195,10 @@ _LAYOUTS = {
     "mixtral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "qwen3_moe": _LLAMA,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "phi3": _LLAMA,
     "bloom": _BLOOM,
     "falcon": _FALCON,
 }

@@ -201,6 +201,8 @@ class ChatSettings(Section):
     """End an answer too."""
     generation: GenerationDefaults = GenerationDefaults()
     """What the page and the terminal chat start with."""
+    sample_questions: Annotated[tuple[Text, ...], Field(max_length=12)] = ()
+    """What the page offers to ask in a new chat."""
 
 
 class ModelSettings(Section):
@@ -223,7 +225,7 @@ class ModelSettings(Section):
     family: Text = "Other"
     """Heading under which the page lists the model."""
     model_card: str | None = None
-    """URL of its description."""
+    """URL of its description. Unset = the README.md in the repository, if that is a local directory."""
     license: str | None = None
     """URL of its licence."""
     initial_peers: Literal["public"] | tuple[Multiaddress, ...] | None = None

@@ -19,7 +19,8 @@ from safetensors import safe_open
 from petals_chat.errors import ConfigurationError
 from petals_chat.models.checkpoint import Checkpoint
 from petals_chat.swarm import adapters
-from petals_chat.swarm.families import head_size
+from petals_chat.swarm.blocks import KeysValues
+from petals_chat.swarm.families import head_size, key_value_heads
 
 
 def install_backend(checkpoint: Checkpoint, before_block: Callable[[], None]) -> None:
@@ -49,11 +50,17 @@ class SwarmBackend(TransformerBackend):  # type: ignore[misc]
     def get_inference_cache_descriptors(self, batch_size: int, max_length: int) -> Sequence[TensorDescriptor]:
         """Keys [batch, kv_heads, head_size, length] and values [batch, kv_heads, length, head_size]."""
         (device,) = self.module.devices
-        heads, size = self.config.num_key_value_heads, head_size(self.config)
+        heads, size = key_value_heads(self.config), head_size(self.config)
         return (
             TensorDescriptor((batch_size, heads, size, max_length), dtype=self.dtype, device=device),
             TensorDescriptor((batch_size, heads, max_length, size), dtype=self.dtype, device=device),
         )
+
+    def _select_layer_past(self, cache_tensors: Sequence[torch.Tensor], prefix_length: int) -> KeysValues:
+        # Petals 2.2 tells a block nothing of the session's room, by which it chooses between the frequencies of
+        # short and long contexts.
+        keys, values = super()._select_layer_past(cache_tensors, prefix_length)
+        return KeysValues.with_room(keys, values, room=cache_tensors[1].shape[2])
 
 
 def load_block(checkpoint: Checkpoint, block_index: int, config: Any, dtype: torch.dtype) -> torch.nn.Module:
@@ -67,16 +74,19 @@ def load_block(checkpoint: Checkpoint, block_index: int, config: Any, dtype: tor
     """
     with torch.device("meta"):
         block: torch.nn.Module = config.block_class(config, block_index)
-    prefix = f"{config.block_prefix}.{block_index}."
-    wanted = {prefix + name: name for name, _ in block.named_parameters()}
+    parameters = (name for name, _ in block.named_parameters())
+    names = config.family.tensor_names(block_index, parameters, checkpoint.tensors)
+    wanted = {name: parameter for parameter, name in names.items()}
     if missing := [name for name in wanted if name not in checkpoint.tensors]:
         raise ConfigurationError(
             f"the checkpoint lacks the tensor {missing[0]}. Hosts need the model's plain weights: "
             "a copy that was quantised in advance cannot be served"
         )
+    files = checkpoint.fetch(list(wanted))
     weights = {}
-    for name, path in checkpoint.fetch(list(wanted)).items():
+    for path in set(files.values()):
         with safe_open(path, framework="pt", device="cpu") as file:
-            weights[wanted[name]] = file.get_tensor(name).to(dtype)
+            for name in (name for name in wanted if files[name] == path):
+                weights[wanted[name]] = file.get_tensor(name).to(dtype)
     block.load_state_dict(weights, assign=True)
     return block.eval()

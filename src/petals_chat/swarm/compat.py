@@ -98,9 +98,17 @@ def log_to_stderr(*, debug: bool) -> None:
     """
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(logging.BASIC_FORMAT) if debug else CalmFormatter())
+    if not debug:
+        handler.addFilter(_is_news)
     for name in LIBRARIES:
         logging.getLogger(name).addHandler(handler)
         logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.WARNING)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """All but full attention caches, which are ordinary: clients are told, and wait."""
+    error = record.exc_info[1] if record.exc_info else None
+    return type(error).__name__ != "AllocationFailed"
 
 
 class CalmFormatter(logging.Formatter):
@@ -204,6 +212,8 @@ def _route_logs() -> None:
     importlib.import_module("hivemind.utils.logging").use_hivemind_log_handler("nowhere")
     logging.getLogger().setLevel(logging.WARNING)  # which hivemind has reset
     logging.addLevelName(logging.WARNING, "WARNING")  # hivemind renames it for the whole process
+    # transformers 5 has advice for the authors of released models' config.json, Phi-3's for example.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     # hivemind cancels tasks that nobody awaits; asyncio reports each when it is collected.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     for name in LIBRARIES:

@@ -1,47 +1,128 @@
 """The model families that a host can serve, and how each is made known to Petals.
 
-A family is one entry of `FAMILIES`: where transformers keeps its decoder layer. The generic block around that
-layer is in `petals_chat.swarm.blocks`. Reading the registry needs neither torch nor Petals.
+A family is one entry of `FAMILIES`: what its code in transformers does otherwise than Llama's. The generic block
+around its decoder layer is in `petals_chat.swarm.blocks`. Reading the registry needs neither torch nor Petals.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fractions import Fraction
+from types import ModuleType
 from typing import Any
 
 from petals_chat.errors import ConfigurationError
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """A family of models in transformers.
+    """A family of models in transformers. The defaults are those of layers derived from Llama's.
 
-    Its decoder layer must take ``position_embeddings`` and have a ``self_attn`` that stores keys and values
-    with ``past_key_values.update``, as all layers derived from Llama's do.
+    Its attention must store keys and values with ``update`` of a transformers ``Cache``.
     """
 
     model_type: str
-    """As in ``config.json``; the module of transformers has the same name."""
+    """As in ``config.json``."""
     class_prefix: str
     """What the names of its classes in transformers begin with."""
-    block_prefix: str = "model.layers"
-    """What the names of the blocks' tensors in a checkpoint begin with."""
+    package: str | None = None
+    """Where transformers has them; None = in the one called as the model type."""
+    config_class: str = "Config"
+    layer_class: str = "DecoderLayer"
+    attention: str = "self_attn"
+    """The layer's attribute that is its attention."""
+    cache_argument: str = "past_key_values"
+    """The layer's argument that takes the cache."""
+    rotary_by_layer_type: bool = False
+    """Whether layers of different ``layer_types`` have different rotary embeddings."""
+    has_alibi: Callable[[Any], bool] = lambda _: False
+    """Whether a model with this configuration has biases on attention scores in place of rotary embeddings."""
+    key_value_heads: Callable[[Any], int] = lambda config: int(config.num_key_value_heads)
+    """How many different heads of keys, and of values, a layer has."""
+    block_prefixes: tuple[str, ...] = ("model.layers",)
+    """What the names of the blocks' tensors may begin with; checkpoints of a bare model lack the first part."""
+    stored_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """What parts of the names of a block's parameters are called in checkpoints, if otherwise."""
 
-    def transformers_class(self, kind: str, module: str = "modeling") -> Any:
+    def module(self, kind: str = "modeling") -> ModuleType:
+        """The family's module of transformers of that kind, "modeling" or "configuration"."""
+        package = self.package or self.model_type
+        return importlib.import_module(f"transformers.models.{package}.{kind}_{package}")
+
+    def transformers_class(self, name: str, kind: str = "modeling") -> Any:
         """One of the family's classes, like "DecoderLayer"."""
-        name = f"transformers.models.{self.model_type}.{module}_{self.model_type}"
-        return getattr(importlib.import_module(name), self.class_prefix + kind)
+        return getattr(self.module(kind), self.class_prefix + name)
 
+    def tensor_names(
+        self, block_index: int, parameters: Iterable[str], stored: Collection[str]
+    ) -> dict[str, str]:
+        """The names in a checkpoint of a block's parameters, by parameter.
+
+        Args:
+            stored: names of all of the checkpoint's tensors.
+        """
+        names = {}
+        for parameter in parameters:
+            name = parameter
+            for ours, theirs in self.stored_names.items():
+                name = name.replace(ours, theirs)
+            candidates = [f"{prefix}.{block_index}.{name}" for prefix in self.block_prefixes]
+            names[parameter] = next((name for name in candidates if name in stored), candidates[0])
+        return names
+
+
+def _falcon_key_value_heads(config: Any) -> int:
+    if config.multi_query and not config.new_decoder_architecture:  # num_kv_heads does not count then
+        return 1
+    return int(config.num_kv_heads)
+
+
+_BIGSCIENCE: dict[str, Any] = {
+    "attention": "self_attention",
+    "cache_argument": "layer_past",
+    "block_prefixes": ("transformer.h", "h"),
+}
+"""What Falcon's code has from BLOOM's."""
 
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", "Llama"),
-        Family("mistral", "Mistral"),
-        Family("qwen2", "Qwen2"),
-        Family("qwen3", "Qwen3"),
+        Family(model_type="llama", class_prefix="Llama"),
+        Family(model_type="mistral", class_prefix="Mistral"),
+        Family(
+            model_type="mixtral",
+            class_prefix="Mixtral",
+            stored_names={"mlp.": "block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+        ),
+        Family(model_type="qwen2", class_prefix="Qwen2"),
+        Family(model_type="qwen3", class_prefix="Qwen3"),
+        Family(model_type="qwen3_moe", class_prefix="Qwen3Moe"),
+        Family(model_type="gemma2", class_prefix="Gemma2"),
+        Family(
+            model_type="gemma3_text",
+            class_prefix="Gemma3",
+            package="gemma3",
+            config_class="TextConfig",
+            rotary_by_layer_type=True,
+        ),
+        Family(model_type="phi3", class_prefix="Phi3"),
+        Family(
+            model_type="bloom",
+            class_prefix="Bloom",
+            layer_class="Block",
+            has_alibi=lambda _: True,
+            key_value_heads=lambda config: int(config.num_attention_heads),
+            **_BIGSCIENCE,
+        ),
+        Family(
+            model_type="falcon",
+            class_prefix="Falcon",
+            has_alibi=lambda config: bool(config.alibi),
+            key_value_heads=_falcon_key_value_heads,
+            **_BIGSCIENCE,
+        ),
     )
 }
 
@@ -70,6 +151,12 @@ def head_size(config: Any) -> int:
     return size
 
 
+def key_value_heads(config: Any) -> int:
+    """Heads of keys in a layer of a registered family, and as many of values."""
+    family: Family = config.family
+    return family.key_value_heads(config)
+
+
 def register(family: Family) -> None:
     """Make Petals serve ``family`` with our block, in place of its own where it has one."""
     from petals.utils import auto_config
@@ -78,10 +165,10 @@ def register(family: Family) -> None:
 
     config_class = type(
         f"Swarm{family.class_prefix}Config",
-        (_SwarmConfig, family.transformers_class("Config", "configuration")),
+        (_SwarmConfig, family.transformers_class(family.config_class, "configuration")),
         {
+            "family": family,
             "block_class": make_block_class(family),
-            "block_prefix": family.block_prefix,
             "attn_class": family.transformers_class("Attention"),
         },
     )
@@ -93,7 +180,6 @@ class _SwarmConfig:
     """What Petals reads of a configuration beyond what transformers has."""
 
     hidden_size: int
-    num_key_value_heads: int
 
     @property
     def num_key_value_groups(self) -> Fraction:
@@ -102,4 +188,4 @@ class _SwarmConfig:
         Petals divides by it to get from hidden states to the size of its attention cache. For most families
         it is the number of query heads that share a key head; with an own ``head_dim`` it may be no integer.
         """
-        return Fraction(self.hidden_size, self.num_key_value_heads * head_size(self))
+        return Fraction(self.hidden_size, key_value_heads(self) * head_size(self))
