@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import shapes
-from petals_chat.asgi import with_models
-from petals_chat.settings import load_settings
+from petals_chat.models import bundled
 
 CONTENDERS = 4
 SHORT_PROMPT = "Hello, many machines. How does a swarm run a model?"
@@ -72,10 +73,17 @@ class Case:
 
 
 def bundled_model(directory: Path) -> tuple[str, Mapping[str, object]]:
-    """What ``petals-chat serve`` serves where nothing is configured."""
-    data_dir = directory / "data"
-    settings = with_models(load_settings(environment={}, overrides=[f"engine.data_dir={data_dir}"]))
-    return settings.models[0].repository, {}
+    """What ``petals-chat serve`` serves where nothing is configured, but for the end of its answers: none ends."""
+    repository = directory / "bundled"
+    shutil.copytree(bundled.DIRECTORY, repository)
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((repository / name).read_text())
+        (repository / name).write_text(json.dumps(content | {"eos_token_id": None}))
+    entry = 'models."bench/bundled"'
+    return str(repository), {
+        f"{entry}.repository": str(repository),
+        f"{entry}.chat.max_session_length": 2048,
+    }
 
 
 def made_model(shape: shapes.Shape) -> Callable[[Path], tuple[str, Mapping[str, object]]]:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from training.chat_format import END, text_of, train_tokenizer
 from training.corpus import Entry, load_corpus
 from training.dialogues import DialogueWriter
-from training.evaluate import judge, load_off_topic, load_questions, overlap, report
+from training.evaluate import held_out_wordings, judge, load_off_topic, load_questions, overlap, report
 from training.train import Recipe, batches, new_model, train
 
 BUNDLED = Path(__file__).parent.parent / "src/petals_chat/models/petals_guide"
@@ -49,13 +49,14 @@ def main() -> None:
 
 def make(entries: Sequence[Entry], recipe: Recipe, output: Path) -> None:
     """Train the tokenizer and the model and write the checkpoint."""
-    dialogues = islice(DialogueWriter(entries, recipe.seed + 1), _TOKENIZER_DIALOGUES)
+    held_out = held_out_wordings([*load_questions(), *load_off_topic()])
+    dialogues = islice(DialogueWriter(entries, recipe.seed + 1, held_out), _TOKENIZER_DIALOGUES)
     tokenizer = train_tokenizer(text_of(dialogue) for dialogue in dialogues)
     model = new_model(recipe, tokenizer)
     print(
         f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {len(entries)} entries", flush=True
     )
-    train(model, batches(DialogueWriter(entries, recipe.seed), tokenizer, recipe), recipe)
+    train(model, batches(DialogueWriter(entries, recipe.seed, held_out), tokenizer, recipe), recipe)
     end = tokenizer.eos_token_id
     model.generation_config = GenerationConfig(
         do_sample=False, bos_token_id=end, eos_token_id=end, pad_token_id=end
@@ -141,8 +142,7 @@ def assess(
     for area in ("small_talk", "off_topic"):
         of_area = [verdict for verdict in verdicts if verdict.question.area == area]
         figures[area] = sum(verdict.is_right for verdict in of_area) / max(1, len(of_area))
-    same, grams = overlap([*questions, *off_topic], entries)
-    figures |= {"same_wordings": same, "shared_5_grams": round(grams, 4)}
+    figures["shared_5_grams"] = round(overlap([*questions, *off_topic], entries), 4)
     figures["seconds"] = round(time.monotonic() - started)
     print(json.dumps(figures))
     return figures

@@ -60,6 +60,12 @@ def expand(question: str, random: Random) -> str:
     return " ".join(question.split())
 
 
+def normalised(text: str) -> str:
+    """The text as it is compared: without case, code marks, extra spaces and the last sign."""
+    text = text.lower().replace("`", "").replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+    return " ".join(text.split()).rstrip("?.! ")
+
+
 def every_wording(question: str, limit: int) -> Iterator[str]:
     """Up to ``limit`` expansions of a question, each once."""
     random = Random(0)

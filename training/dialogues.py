@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from random import Random
 
-from training.corpus import Entry, expand
+from training.corpus import Entry, expand, normalised
 from training.wording import reword
 
 _SYSTEM_TEXTS = (
@@ -23,9 +23,10 @@ _SYSTEM_TEXTS = (
 _AREA_SHARES = {"off_topic": 0.27, "small_talk": 0.13}
 """The share of an area in all turns that stand alone; the other areas share the rest."""
 _FOLLOW_UP_SHARE = 0.5
-_TURNS = (1, 1, 1, 1, 2, 2, 2, 3, 3, 4, 6)
-_LONG_DIALOGUE_SHARE = 0.01
+_TURNS = (1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 3, 4)
+_LONG_DIALOGUE_SHARE = 0.005
 _LONG_DIALOGUE_TURNS = 16
+_SYSTEM_SHARE = 0.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +46,14 @@ class Dialogue:
 
 
 class DialogueWriter:
-    """Writes dialogues at random; two writers with the same entries and seed write the same ones."""
+    """Writes dialogues at random; two writers with the same arguments write the same ones.
 
-    def __init__(self, entries: Sequence[Entry], seed: int) -> None:
+    Args:
+        held_out: questions, `normalised`, that are never asked.
+    """
+
+    def __init__(self, entries: Sequence[Entry], seed: int, held_out: Container[str] = ()) -> None:
+        self._held_out = held_out
         self._random = Random(seed)
         self._openers = [entry for entry in entries if not entry.after]
         self._weights = _weights(self._openers)
@@ -70,7 +76,7 @@ class DialogueWriter:
         while len(entries) < count:
             entries.append(self._next_entry(entries[-1] if entries else None))
         turns = tuple(Turn(self._question(entry), entry.answer) for entry in entries)
-        return Dialogue(system if random.random() < 0.7 else None, turns)
+        return Dialogue(system if random.random() < _SYSTEM_SHARE else None, turns)
 
     def _next_entry(self, previous: Entry | None) -> Entry:
         follow_ups = self._follow_ups.get(previous.topic, []) if previous else []
@@ -79,7 +85,11 @@ class DialogueWriter:
         return self._random.choices(self._openers, self._weights)[0]
 
     def _question(self, entry: Entry) -> str:
-        return reword(expand(self._random.choice(entry.questions), self._random), self._random)
+        while True:
+            wording = expand(self._random.choice(entry.questions), self._random)
+            question = reword(wording, self._random)
+            if normalised(wording) not in self._held_out and normalised(question) not in self._held_out:
+                return question
 
 
 def _weights(entries: Sequence[Entry]) -> list[float]:

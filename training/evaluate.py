@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from training.corpus import Entry, every_wording
+from training.corpus import Entry, every_wording, normalised
 
 DIRECTORY = Path(__file__).parent / "evaluation"
 REFUSAL = "I don't know that"
@@ -39,9 +39,11 @@ class Question:
 
     def accepts(self, answer: str) -> bool:
         """Whether the answer has all facts and no contradiction."""
-        text = _plain(answer)
-        has_facts = all(any(_plain(option) in text for option in fact) for fact in self.facts)
-        return has_facts and not any(_plain(contradiction) in text for contradiction in self.contradictions)
+        text = normalised(answer)
+        has_facts = all(any(normalised(option) in text for option in fact) for fact in self.facts)
+        return has_facts and not any(
+            normalised(contradiction) in text for contradiction in self.contradictions
+        )
 
 
 class Chat(Protocol):
@@ -104,19 +106,19 @@ def report(verdicts: Sequence[Verdict]) -> str:
     return "\n".join(["| Area | Right | Share |", "| --- | --- | --- |", *lines])
 
 
-def overlap(questions: Iterable[Question], entries: Iterable[Entry]) -> tuple[int, float]:
-    """How many questions are word for word in the corpus, and the share of their word 5-grams that are."""
-    wordings = [
-        wording
-        for entry in entries
-        for text in entry.questions
-        for wording in every_wording(text, _MOST_WORDINGS)
-    ]
-    corpus = {_plain(wording) for wording in wordings}
-    known = {gram for wording in corpus for gram in _ngrams(wording)}
-    texts = [_plain(text) for question in questions for text in question.questions]
-    grams = [gram for text in texts for gram in _ngrams(text)]
-    return sum(text in corpus for text in texts), sum(gram in known for gram in grams) / max(1, len(grams))
+def held_out_wordings(questions: Iterable[Question]) -> frozenset[str]:
+    """What the questions say, normalised: training never sees it."""
+    return frozenset(normalised(text) for question in questions for text in question.questions)
+
+
+def overlap(questions: Sequence[Question], entries: Iterable[Entry]) -> float:
+    """The share of the questions' word 5-grams that training sees."""
+    held_out = held_out_wordings(questions)
+    texts = [text for entry in entries for text in entry.questions]
+    wordings = {normalised(wording) for text in texts for wording in every_wording(text, _MOST_WORDINGS)}
+    known = {gram for wording in wordings - held_out for gram in _ngrams(wording)}
+    grams = [gram for text in held_out for gram in _ngrams(text)]
+    return sum(gram in known for gram in grams) / max(1, len(grams))
 
 
 def _question(block: str) -> Question:
@@ -140,11 +142,6 @@ def _question(block: str) -> Question:
 
 def _turns(conversation: Sequence[str]) -> int:
     return (len(conversation) + 1) // 2
-
-
-def _plain(text: str) -> str:
-    text = text.lower().replace("`", "").replace("’", "'")  # noqa: RUF001 - people type both
-    return " ".join(text.split()).rstrip("?.! ")
 
 
 def _ngrams(text: str) -> set[tuple[str, ...]]:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from itertools import islice
+from random import Random
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -23,19 +24,22 @@ LENGTH_STEP = 16
 class Recipe:
     """Everything that decides what comes out. The defaults make the bundled model."""
 
-    hidden_size: int = 256
-    intermediate_size: int = 704
-    num_blocks: int = 8
-    num_heads: int = 4
-    num_key_value_heads: int = 2
-    steps: int = 2000
-    tokens_per_step: int = 4096
-    learning_rate: float = 1.5e-3
+    hidden_size: int = 192
+    intermediate_size: int = 512
+    num_blocks: int = 6
+    num_heads: int = 3
+    num_key_value_heads: int = 3
+    steps: int = 6000
+    tokens_per_step: int = 2048
+    learning_rate: float = 2e-3
     warmup_steps: int = 100
     final_learning_rate: float = 5e-5
     weight_decay: float = 0.1
-    dropout: float = 0.1
-    """Share of the embeddings' values that training hides."""
+    begun_share: float = 0.75
+    """Share of the dialogues that are cut in their last answer. Which answer it is shows in its first words;
+    how it goes on is learnt by heart from the others."""
+    begun_tokens: int = 12
+    """How much of the last answer such a dialogue keeps."""
     seed: int = 2026
     report_every: int = 50
 
@@ -75,7 +79,7 @@ def train(model: LlamaForCausalLM, batches: Iterator[list[Example]], recipe: Rec
     for step, batch in enumerate(islice(batches, recipe.steps), 1):
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step, recipe)
-        loss = _loss(model, batch, recipe)
+        loss = _loss(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -101,16 +105,27 @@ def batches(
     Each batch has dialogues of like length: a pool of some batches' dialogues is sorted by length, cut into
     batches, and these are shuffled.
     """
-    generator = torch.Generator().manual_seed(recipe.seed)
+    random = Random(recipe.seed)
     dialogues = iter(writer)
     while True:
         pool: list[Example] = []
         while sum(len(example.token_ids) for example in pool) < 32 * recipe.tokens_per_step:
-            pool += [encode(dialogue, tokenizer) for dialogue in islice(dialogues, 64)]
+            pool += [
+                _maybe_begun(encode(dialogue, tokenizer), recipe, random)
+                for dialogue in islice(dialogues, 64)
+            ]
         pool.sort(key=lambda example: len(example.token_ids))
         cut = _cut(pool, recipe.tokens_per_step)
-        for index in torch.randperm(len(cut), generator=generator).tolist():
-            yield cut[index]
+        random.shuffle(cut)
+        yield from cut
+
+
+def _maybe_begun(example: Example, recipe: Recipe, random: Random) -> Example:
+    if random.random() >= recipe.begun_share:
+        return example
+    answer = len(example.is_said) - example.is_said[::-1].index(False)  # where the last one begins
+    length = answer + recipe.begun_tokens
+    return Example(example.token_ids[:length], example.is_said[:length])
 
 
 def _cut(pool: list[Example], tokens_per_step: int) -> list[list[Example]]:
@@ -137,7 +152,7 @@ def _learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _loss(model: LlamaForCausalLM, batch: list[Example], recipe: Recipe) -> torch.Tensor:
+def _loss(model: LlamaForCausalLM, batch: list[Example]) -> torch.Tensor:
     """The mean cross-entropy of the tokens that the model is to say.
 
     Shorter dialogues are padded at their ends, where causal attention never looks from.
@@ -149,9 +164,7 @@ def _loss(model: LlamaForCausalLM, batch: list[Example], recipe: Recipe) -> torc
         token_ids[row, : len(example.token_ids)] = torch.tensor(example.token_ids)
         is_said[row, : len(example.is_said)] = torch.tensor(example.is_said)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_fast_bfloat16()):
-        embeddings = model.model.embed_tokens(token_ids)
-        embeddings = torch.nn.functional.dropout(embeddings, recipe.dropout, training=model.training)
-        hidden = model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        hidden = model.model(token_ids, use_cache=False).last_hidden_state
         logits = model.lm_head(hidden[:, :-1][is_said[:, 1:]])
     return cross_entropy(logits.float(), token_ids[:, 1:][is_said[:, 1:]])
 
