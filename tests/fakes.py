@@ -12,6 +12,7 @@ import msgspec
 from petals_chat.engine.interface import Chunk, ModelState, ModelStatus
 from petals_chat.errors import MaximumLengthExceededError, PetalsChatError
 from petals_chat.protocol.messages import (
+    ChatPrompt,
     FinishReason,
     GenerationRequest,
     StatusReported,
@@ -66,6 +67,7 @@ class FakeEngine:
         self.sessions: dict[str, FakeSession] = {}
         self.requests: list[GenerationRequest] = []
         self.opened: list[tuple[str, int]] = []
+        self.owners_of_stateless: list[str] = []
         self.running = 0
         self.tokens_pulled = 0
 
@@ -82,6 +84,8 @@ class FakeEngine:
         session = FakeSession(self, max_length)
         self.sessions[session.session_id] = session
         self.opened.append((model_key, max_length))
+        if is_stateless:
+            self.owners_of_stateless.append(owner)
         return session
 
 
@@ -91,6 +95,7 @@ class FakeSession:
         self.session_id = str(uuid.uuid4())
         self.max_length = max_length
         self._length = 0
+        self._prompt_tokens = 0
         self._turn = asyncio.Lock()
         self._closed = asyncio.Event()
         self._tokens: Iterator[str] = (
@@ -104,7 +109,8 @@ class FakeSession:
             self._engine.requests.append(request)
             self._engine.running += 1
             try:
-                self._length += len((request.inputs or "").split())
+                self._prompt_tokens = _count_words(request.inputs)
+                self._length += self._prompt_tokens
                 async for chunk in self._chunks(request):
                     yield chunk
             finally:
@@ -124,11 +130,12 @@ class FakeSession:
                 if token is None:
                     reason = FinishReason.CANCELLED
                 else:
+                    is_hidden = token == END and request.hide_end_of_sequence
                     generated += token
-                    chunk = Chunk(chunk.text + token, chunk.token_count + 1)
+                    chunk = Chunk(chunk.text + ("" if is_hidden else token), chunk.token_count + 1)
                     reason = _end_after(token, generated, request.stop_sequences)
             if reason is not None:
-                yield Chunk(chunk.text, chunk.token_count, reason)
+                yield Chunk(chunk.text, chunk.token_count, reason, self._prompt_tokens)
                 return
             if request.chunk_tokens is not None and chunk.token_count == request.chunk_tokens:
                 yield chunk
@@ -154,6 +161,13 @@ class FakeSession:
         self._length += 1
         self._engine.tokens_pulled += 1
         return next(self._tokens)
+
+
+def _count_words(inputs: str | ChatPrompt | tuple[int, ...] | None) -> int:
+    if isinstance(inputs, tuple):
+        return len(inputs)
+    texts = [message.content for message in inputs.messages] if isinstance(inputs, ChatPrompt) else [inputs]
+    return sum(len(text.split()) for text in texts if text)
 
 
 def _end_after(token: str, generated: str, stop_sequences: Iterable[str]) -> FinishReason | None:

@@ -27,6 +27,7 @@ from tests.contract.serving import Server, running_server
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 API_DOCUMENTS = ("http-api.md", "websocket-api.md")
+DOCUMENTS_WITH_EXAMPLES = (*API_DOCUMENTS, "openai.md")
 PROGRAMS = {"sh": "bash", "python": sys.executable, "javascript": "node"}
 """What runs the blocks with this language tag. Blocks with other tags show what is sent and received."""
 SUFFIXES = {".sh": "sh", ".py": "python", ".mjs": "javascript"}
@@ -47,7 +48,7 @@ def blocks(document: str) -> Iterator[tuple[str, str]]:
 
 BLOCKS = [
     pytest.param(language, block, id=f"{document}-{number}-{language}")
-    for document in API_DOCUMENTS
+    for document in DOCUMENTS_WITH_EXAMPLES
     for number, (language, block) in enumerate(blocks(document), 1)
 ]
 FILES = sorted(path for path in (ROOT / "examples").iterdir() if path.suffix in SUFFIXES)

@@ -259,7 +259,8 @@ async def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(server: tuple[str, Fa
         engine.tokens = [" As you wish.", "###"]
         terminal.type("Enough\n")
         await terminal.shows("As you wish.\n", "> ")
-        told = engine.requests[-1].inputs or ""
+        told = engine.requests[-1].inputs
+        assert isinstance(told, str)
         assert told.startswith(f"{INTRODUCTION}###Human: Count!###Assistant: t0 t1 t2")
         assert told.endswith("###Human: Enough###Assistant:")
         terminal.type(CTRL_D)

@@ -20,7 +20,7 @@ from training.dialogues import DialogueWriter
 from training.evaluate import held_out_wordings, judge, load_off_topic, load_questions, overlap, report
 from training.train import Recipe, batches, new_model, train
 
-BUNDLED = Path(__file__).parent.parent / "src/petals_chat/models/petals_guide"
+OUTPUT = Path(__file__).parent.parent / "build/petals-guide"
 _TOKENIZER_DIALOGUES = 20_000
 _MAX_ANSWER_TOKENS = 128
 _SMOKE = Recipe(hidden_size=64, intermediate_size=128, num_heads=2, num_key_value_heads=1, num_blocks=6)
@@ -30,7 +30,7 @@ def main() -> None:
     """Train, evaluate, or both."""
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     parser.add_argument("command", choices=["train", "evaluate"], nargs="?")
-    parser.add_argument("--output", type=Path, default=BUNDLED, help="directory of the checkpoint")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="directory of the checkpoint")
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(

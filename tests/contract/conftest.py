@@ -45,6 +45,16 @@ data_dir = "data"
 """
 
 
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'assistant' and loop.first %}{{ raise_exception('The user begins.') }}{% endif %}"
+    "{{ message.role }}:\n{{ message.content }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+)
+TEMPLATED = "bos"
+"""The model that words its chats by `CHAT_TEMPLATE`; the others have none."""
+
+
 def model_entry(key: str, checkpoint: Path, host: HostReady | None = None, **settings: Any) -> str:
     """A model's tables; without a host, the server starts one."""
     if host is not None:
@@ -59,6 +69,13 @@ def model_entry(key: str, checkpoint: Path, host: HostReady | None = None, **set
             f"chat.max_session_length = {tokens}\n",
         ]
     )
+
+
+def chat_settings(kind: str) -> dict[str, Any]:
+    """The settings by which a model with this tokenizer words its chats."""
+    if kind != TEMPLATED:
+        return {}
+    return {"chat.template": CHAT_TEMPLATE, "chat.stop_token": "<|eot_id|>"}
 
 
 @pytest.fixture(scope="package")
@@ -82,7 +99,7 @@ def server(
     """The default model recites known text, from a private swarm that the server starts."""
     entries = [
         model_entry("reciting", checkpoints["reciting"], aliases=["old/name"]),
-        *(model_entry(kind, checkpoints[kind], random_host) for kind in TOKENIZERS),
+        *(model_entry(kind, checkpoints[kind], random_host, **chat_settings(kind)) for kind in TOKENIZERS),
         model_entry("private", checkpoints["byte_level"], random_host, public_api=False),
     ]
     config = tmp_path_factory.mktemp("server") / "petals-chat.toml"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from petals_chat.engine.interface import ModelState, ModelStatus
 from petals_chat.gateway import status
 from petals_chat.gateway.status import TokenRate
 from petals_chat.protocol.messages import StatusReported, SwarmPeer
+from petals_chat.settings import ModelSettings
 from tests.fakes import status_reported, worker_started
-from tests.gateway.gateways import Gateway, running_gateway
+from tests.gateway.gateways import Gateway, running_gateway, settings_with
 
 LOADING = ModelStatus(ModelState.LOADING)
 
@@ -102,6 +104,7 @@ async def test_the_models_are_listed_with_what_a_chat_needs(gateway: Gateway) ->
                 "top_p": 0.9,
                 "repetition_penalty": 1.0,
             },
+            "sample_questions": [],
         },
     }
     assert (second["key"], second["default"], second["public_api"]) == ("org/private", False, False)
@@ -146,3 +149,19 @@ def test_a_rate_comes_from_the_last_minute_of_one_worker(
     for now, count in samples:
         tokens.add(now, count)
     assert tokens.per_second() == rate
+
+
+async def test_the_readme_of_a_local_model_is_its_card(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# A model\n\n<script>alert(1)</script>\n", encoding="utf-8")
+    models = (
+        ModelSettings(key="local", repository=str(tmp_path), name="Local"),
+        ModelSettings(key="org/model", repository="org/model", name="Model"),
+    )
+    async with running_gateway(settings_with(models=models)) as gateway:
+        local, other = (await get(gateway, "/api/models"))["models"]
+        assert (local["model_card"], other["model_card"]) == ("api/models/card?model=local", None)
+        reply = await gateway.http.get(f"/{local['model_card']}")
+        assert reply.headers["content-type"] == "text/plain; charset=utf-8"
+        assert reply.text.startswith("# A model")
+        assert (await gateway.http.get("/api/models/card?model=org/model")).status_code == 404
+        assert (await gateway.http.get("/api/models/card?model=nobody")).status_code == 404

@@ -12,6 +12,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from petals_chat.errors import InvalidParameterError
 from petals_chat.generation.sampling import TokenSampler, choose_tokens, process_logits
 from petals_chat.protocol.messages import SamplingParameters
 
@@ -59,11 +60,28 @@ def test_scores_equal_those_of_transformers(parameters: SamplingParameters) -> N
         assert torch.equal(ours, transformers_scores(logits, parameters))
 
 
-def test_ties_are_kept_as_transformers_keeps_them() -> None:
-    logits = random_logits(1)[0].round()
-    for parameters in PARAMETERS:
-        ours = process_logits(logits[None], [TokenSampler(parameters, VOCAB_SIZE, CONTEXT)])[0]
-        assert torch.equal(ours, transformers_scores(logits, parameters))
+def test_of_tokens_that_tie_as_many_are_kept_as_transformers_keeps() -> None:
+    for logits in random_logits(20).round():
+        for parameters in PARAMETERS:
+            ours = process_logits(logits[None], [TokenSampler(parameters, VOCAB_SIZE, CONTEXT)])[0]
+            theirs = transformers_scores(logits, parameters)
+            assert torch.equal(ours.sort().values, theirs.sort().values)
+            if parameters.top_p == 1.0:
+                assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.99])
+def test_few_or_many_probable_tokens_make_no_difference_to_top_p(top_p: float) -> None:
+    parameters = SamplingParameters(do_sample=True, top_p=top_p)
+    steepness = torch.tensor([0.0, 0.01, 0.5, 1.0, 8.0])[:, None]
+    logits = torch.randn(5, 3000, generator=torch.Generator().manual_seed(1)) * steepness
+    ours = process_logits(logits, [TokenSampler(parameters, 3000, [0]) for _ in logits])
+    for row, scores in zip(ours, logits, strict=True):
+        theirs = TopPLogitsWarper(top_p)(torch.tensor([[0]]), scores[None].clone())[0]
+        # Over thousands of nearly equal probabilities, the roundings of two sums may differ by some tokens.
+        kept, expected = row.isfinite().sum().item(), theirs.isfinite().sum().item()
+        assert abs(kept - expected) <= max(1, 0.002 * expected)
+        assert kept > 256 or torch.equal(row.sort().values, theirs.sort().values)
 
 
 def test_a_row_does_not_depend_on_the_others_in_the_batch() -> None:
@@ -128,3 +146,58 @@ def test_the_repetition_penalty_counts_the_tokens_that_came_since() -> None:
     first = choose_tokens(logits, [sampler])[0]
     sampler.add(first)
     assert choose_tokens(logits, [sampler])[0] != first
+
+
+PENALTIES = SamplingParameters(frequency_penalty=0.5, presence_penalty=0.25, logit_bias={3: 2.0, 9: -100.0})
+
+
+def test_what_was_generated_is_penalised_and_a_bias_is_added() -> None:
+    logits = random_logits(1)
+    sampler = TokenSampler(PENALTIES, VOCAB_SIZE, CONTEXT)
+    for token in (17, 17, 3):
+        sampler.add(token)
+    expected = logits[0].clone()
+    expected[17] -= 2 * 0.5 + 0.25
+    expected[3] += 2.0 - 0.5 - 0.25
+    expected[9] -= 100.0
+    torch.testing.assert_close(process_logits(logits, [sampler])[0], expected)
+
+
+def test_penalties_and_biases_of_a_row_do_not_change_others() -> None:
+    logits = random_logits(3)
+    plain = SamplingParameters(do_sample=True, temperature=0.7, seed=1)
+    samplers = [TokenSampler(each, VOCAB_SIZE, CONTEXT) for each in (plain, PENALTIES, plain)]
+    together = process_logits(logits, samplers)
+    for row, sampler in enumerate(samplers):
+        assert torch.equal(together[row], process_logits(logits[row : row + 1], [sampler])[0])
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB_SIZE])
+def test_a_bias_for_a_token_that_is_none_is_refused(token: int) -> None:
+    with pytest.raises(InvalidParameterError, match="logit_bias: token ids go from 0 to 499"):
+        TokenSampler(SamplingParameters(logit_bias={token: 1.0}), VOCAB_SIZE, CONTEXT)
+
+
+def test_log_probabilities_are_those_of_the_model_alone() -> None:
+    logits = random_logits(2)
+    parameters = SamplingParameters(
+        do_sample=True, temperature=0.3, top_k=5, seed=1, logit_bias={3: 50.0}, top_logprobs=3
+    )
+    samplers = [TokenSampler(each, VOCAB_SIZE, CONTEXT) for each in (parameters, SamplingParameters())]
+    tokens = choose_tokens(logits, samplers)
+    expected = logits[0].log_softmax(-1)
+    described = samplers[0].last_logprobs
+    assert described is not None
+    assert described.token == tokens[0] == 3
+    assert described.logprob == pytest.approx(expected[3].item())
+    best = expected.topk(3)
+    assert [token for token, _ in described.top] == best.indices.tolist()
+    assert [logprob for _, logprob in described.top] == pytest.approx(best.values.tolist())
+    assert samplers[1].last_logprobs is None
+
+
+def test_no_alternatives_are_told_where_none_are_wanted() -> None:
+    sampler = TokenSampler(SamplingParameters(top_logprobs=0), VOCAB_SIZE, CONTEXT)
+    choose_tokens(random_logits(1), [sampler])
+    assert sampler.last_logprobs is not None
+    assert sampler.last_logprobs.top == ()

@@ -115,7 +115,11 @@ def _add_block_arguments(group: Any) -> None:
         help="tokens that one session may reserve (default: %(default)s)",
     )
     group.add_argument(
-        "--threads", type=_count, default=0, metavar="N", help="CPU threads (default: as torch chooses)"
+        "--threads",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="CPU threads (default: as torch chooses, one for a small model)",
     )
 
 

@@ -131,6 +131,7 @@ class WorkerConnection:
                     answer.finish_reason,
                     answer.prompt_tokens,
                     answer.cached_tokens,
+                    logprobs=answer.logprobs,
                 )
                 unacknowledged += 1
                 if unacknowledged >= WINDOW_CHUNKS // 2 and not ended:

@@ -16,6 +16,7 @@ from petals_chat.protocol.messages import (
     FinishReason,
     GenerationRequest,
     StatusReported,
+    TokenLogprobs,
     WorkerStarted,
 )
 
@@ -34,6 +35,8 @@ class Chunk(msgspec.Struct, frozen=True):
     """Of the prompt's tokens, those that were processed for an earlier request."""
     queue_place: int | None = None
     """1 = next."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each token, if they were asked for."""
 
 
 class ModelState(enum.StrEnum):

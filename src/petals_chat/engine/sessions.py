@@ -15,7 +15,7 @@ from petals_chat.generation.detokenize import IncrementalDetokenizer
 from petals_chat.generation.sampling import TokenSampler
 from petals_chat.generation.stopping import StopMatcher
 from petals_chat.head.batcher import HeadBatcher
-from petals_chat.protocol.messages import FinishReason, GenerationRequest
+from petals_chat.protocol.messages import FinishReason, GenerationRequest, TokenLogprobs
 
 
 class ChunkConsumer(Protocol):
@@ -25,7 +25,12 @@ class ChunkConsumer(Protocol):
     """True = nobody wants more; the generation ends after the step that is on its way."""
 
     async def take(
-        self, text: str, token_count: int, finish_reason: FinishReason | None, usage: Usage
+        self,
+        text: str,
+        token_count: int,
+        finish_reason: FinishReason | None,
+        usage: Usage,
+        logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> None:
         """Take a chunk; waits while the client is slow. The last chunk has a ``finish_reason``."""
 
@@ -144,19 +149,23 @@ class Session:
         sampler = TokenSampler(request.sampling, model.swarm.modules.vocab_size, tokens)
         stop_matcher = StopMatcher(request.stop_sequences)
         text, generated, in_chunk = "", 0, 0
+        logprobs: list[TokenLogprobs] = []
         finish_reason: FinishReason | None = None
         while finish_reason is None:
             hidden_state = await self._feed(request, generated, consumer)
             if hidden_state is None:
-                await consumer.take(text, in_chunk, FinishReason.CANCELLED, usage)
+                await consumer.take(text, in_chunk, FinishReason.CANCELLED, usage, tuple(logprobs))
                 return
             token = await model.batcher.next_token(hidden_state, sampler)
             tokens.append(token)
             sampler.add(token)
+            if sampler.last_logprobs is not None:
+                logprobs.append(model.tokenizer.describe(sampler.last_logprobs))
             generated, in_chunk = generated + 1, in_chunk + 1
             model.swarm.counts.tokens_generated += 1
 
-            piece = self._detokenizer.add(token)
+            ends = token in model.tokenizer.end_of_sequence_ids
+            piece = "" if ends and request.hide_end_of_sequence else self._detokenizer.add(token)
             stop_end = stop_matcher.add(piece) if piece else None
             text += piece[:stop_end]
             if stop_end is not None:
@@ -165,8 +174,8 @@ class Session:
                 finish_reason = self._finish_reason(request, token, generated, consumer)
             chunk_is_full = request.chunk_tokens is not None and in_chunk >= request.chunk_tokens
             if finish_reason or (chunk_is_full and not self._detokenizer.holds_tokens):
-                await consumer.take(text, in_chunk, finish_reason, usage)
-                text, in_chunk = "", 0
+                await consumer.take(text, in_chunk, finish_reason, usage, tuple(logprobs))
+                text, in_chunk, logprobs = "", 0, []
 
     async def _feed(
         self, request: GenerationRequest, generated: int, consumer: ChunkConsumer

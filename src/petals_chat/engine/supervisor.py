@@ -297,6 +297,8 @@ class _Worker:
             request_timeout=swarm.request_timeout_seconds,
             connect_timeout=swarm.connect_timeout_seconds,
             update_period=swarm.update_period_seconds,
+            chat_template=model.chat.template,
+            chat_separator=model.chat.sep_token or "\n",
         )
 
 

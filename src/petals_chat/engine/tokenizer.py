@@ -9,27 +9,54 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
-from petals_chat.errors import ConfigurationError
+from petals_chat.engine.chat_prompts import ChatEncoder
+from petals_chat.engine.token_bytes import TokenBytes
+from petals_chat.errors import ConfigurationError, InvalidParameterError
+from petals_chat.generation.sampling import Logprobs
+from petals_chat.protocol.messages import ChatPrompt, TokenLogprobs, TokenProbability
 
 
 class Tokenizer:
     """Text to token ids and back.
 
+    Args:
+        chat_template: Jinja, in place of the tokenizer's own.
+        chat_separator: stands between the turns of a chat if there is no template at all.
+
     Raises:
-        ConfigurationError: the repository has no tokenizer that can be loaded.
+        ConfigurationError: the repository has no tokenizer that can be loaded, or the template cannot be used.
     """
 
-    def __init__(self, repository: str, revision: str | None, config: dict[str, object]) -> None:
+    def __init__(
+        self,
+        repository: str,
+        revision: str | None,
+        config: dict[str, object],
+        *,
+        chat_template: str | None = None,
+        chat_separator: str = "\n",
+    ) -> None:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(repository, revision=revision)
         except (OSError, ValueError) as error:
             raise ConfigurationError(f"{repository}: its tokenizer cannot be loaded: {error}") from error
         self.end_of_sequence_ids = _end_of_sequence_ids(repository, revision, config)
         """Tokens that end a text; a model may have several."""
+        self._chat = ChatEncoder(self._tokenizer, chat_template, chat_separator)
+        self._token_bytes = TokenBytes(self._tokenizer)
 
-    def encode(self, text: str, *, at_start: bool) -> list[int]:
-        """Token ids of ``text``; with the special tokens that begin a text (BOS) only ``at_start`` of a session."""
-        ids: list[int] = self._tokenizer(text, add_special_tokens=at_start)["input_ids"]
+    def encode(self, inputs: str | ChatPrompt | tuple[int, ...], *, at_start: bool) -> list[int]:
+        """Token ids of ``inputs``; a text begins with its special tokens (BOS) only ``at_start`` of a session.
+
+        Raises:
+            InvalidParameterError: the model's chat template refuses the chat, or there is no such token id.
+        """
+        if isinstance(inputs, ChatPrompt):
+            return self._chat.encode(inputs)
+        if isinstance(inputs, tuple):
+            self._check_ids(inputs)
+            return list(inputs)
+        ids: list[int] = self._tokenizer(inputs, add_special_tokens=at_start)["input_ids"]
         return ids
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -38,6 +65,19 @@ class Tokenizer:
             tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         return text
+
+    def describe(self, logprobs: Logprobs) -> TokenLogprobs:
+        """The log probabilities with the tokens' texts."""
+        return TokenLogprobs(
+            TokenProbability(self._token_bytes.of(logprobs.token), logprobs.logprob),
+            tuple(TokenProbability(self._token_bytes.of(token), logprob) for token, logprob in logprobs.top),
+        )
+
+    def _check_ids(self, ids: tuple[int, ...]) -> None:
+        size = len(self._tokenizer)
+        for token in ids:
+            if not 0 <= token < size:
+                raise InvalidParameterError("inputs", f"token ids go from 0 to {size - 1}, not to {token}")
 
 
 def _end_of_sequence_ids(repository: str, revision: str | None, config: dict[str, object]) -> frozenset[int]:

@@ -45,6 +45,7 @@ from petals_chat.protocol.messages import (
     SessionOpened,
     StartWorker,
     StatusReported,
+    TokenLogprobs,
     WorkerFailed,
     WorkerStarted,
     decode_command,
@@ -74,7 +75,12 @@ class _Generation:
         await self.session.generate(self._command.request, self)
 
     async def take(
-        self, text: str, token_count: int, finish_reason: FinishReason | None, usage: Usage
+        self,
+        text: str,
+        token_count: int,
+        finish_reason: FinishReason | None,
+        usage: Usage,
+        logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> None:
         await self._window.acquire()
         self._send(
@@ -85,6 +91,7 @@ class _Generation:
                 finish_reason,
                 usage.prompt_tokens,
                 usage.cached_tokens,
+                logprobs,
             )
         )
 
@@ -266,7 +273,13 @@ def _load(command: StartWorker) -> tuple[Model, SwarmClient, WorkerStarted]:
         idle_timeout=command.cache_idle_timeout,
     )
     model = Model(
-        Tokenizer(command.repository, command.revision, config),
+        Tokenizer(
+            command.repository,
+            command.revision,
+            config,
+            chat_template=command.chat_template,
+            chat_separator=command.chat_separator,
+        ),
         HeadBatcher(modules, row_seconds=use_threads_that_pay(modules)),
         Swarm(modules, swarm.open_session, rooms, prefill_chunk_tokens=command.prefill_chunk_tokens),
         PrefixStore(idle_timeout=command.prefix_idle_timeout),

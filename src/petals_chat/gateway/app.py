@@ -18,6 +18,7 @@ from petals_chat.gateway.http_v1 import HttpV1
 from petals_chat.gateway.log_privacy import keep_texts_out_of_uvicorns_log
 from petals_chat.gateway.metrics import Metrics
 from petals_chat.gateway.models import ModelRegistry
+from petals_chat.gateway.openai.routes import OpenAI
 from petals_chat.gateway.pages import Pages
 from petals_chat.gateway.sessions_v1 import SessionRegistry
 from petals_chat.gateway.status import StatusPages
@@ -74,6 +75,7 @@ def create_app(
         lifespan=run,
     )
     app.include_router(HttpV1(models, limited_engine, sessions, errors, settings.limits).router())
+    app.include_router(OpenAI(models, limited_engine, errors, settings.limits).router())
     app.include_router(status.router())
     app.include_router(Metrics(engine).router())
     websocket_v2 = WebSocketV2(models, limited_engine, errors, settings.limits)

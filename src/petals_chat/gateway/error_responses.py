@@ -68,6 +68,11 @@ class ErrorReply(BaseModel):
     )
 
 
+def http_status(error: PetalsChatError) -> int:
+    """The HTTP status that fits."""
+    return next((status for kind, status in _HTTP_STATUSES.items() if isinstance(error, kind)), 500)
+
+
 class ErrorResponses:
     """Translates any exception for a client.
 
@@ -83,19 +88,18 @@ class ErrorResponses:
 
         A body over the limit is refused before the API is reached, and so gets its 413.
         """
-        known = self._known(error)
+        known = self.known(error)
         status = 413 if isinstance(known, MessageTooLargeError) else 200
         return self._json(known, error, status)
 
     def http(self, error: Exception) -> Response:
         """The reply of everything else that speaks HTTP, with the fitting status."""
-        known = self._known(error)
-        status = next((code for kind, code in _HTTP_STATUSES.items() if isinstance(known, kind)), 500)
-        return self._json(known, error, status)
+        known = self.known(error)
+        return self._json(known, error, http_status(known))
 
     def websocket(self, error: Exception) -> tuple[str, int, str]:
         """The error frame, and the code and reason to close the connection with after it."""
-        known = self._known(error)
+        known = self.known(error)
         close_code = next(code for kind, code in _CLOSE_CODES.items() if isinstance(known, kind))
         return self._reply(known, error).model_dump_json(), close_code, known.code
 
@@ -119,7 +123,8 @@ class ErrorResponses:
         app.add_exception_handler(HTTPException, _handle_http_exception)
         app.add_exception_handler(Exception, handle_unexpected)
 
-    def _known(self, error: Exception) -> PetalsChatError:
+    def known(self, error: Exception) -> PetalsChatError:
+        """The error as one of the tree; what is not expected is logged, and becomes an `InternalError`."""
         if isinstance(error, PetalsChatError):
             return error
         logger.error("unexpected error in a request", exc_info=error)

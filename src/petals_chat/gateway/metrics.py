@@ -16,6 +16,19 @@ from starlette.responses import Response
 
 from petals_chat.engine.interface import Engine, ModelState
 
+_COUNTS = {
+    "tokens_generated": "Tokens generated since the worker started.",
+    "tokens_processed": "Tokens sent through the swarm: prompts, generated ones and replays.",
+    "tokens_replayed": "Tokens sent again, because attention caches were lost, given back or outgrown.",
+    "prefix_hits": "Requests that went on from the context of an earlier one.",
+    "prefix_tokens": "Tokens that did not have to be processed because of that.",
+    "caches_given_back": "Attention caches that made room for others, or were not used for long.",
+}
+_ROOMS = {
+    "resident_sessions": "Contexts that hold attention caches in the swarm.",
+    "waiting_generations": "Generations that wait for room in the attention caches.",
+}
+
 
 class Metrics(Collector):
     """The endpoint, and the collector behind it."""
@@ -54,9 +67,14 @@ class Metrics(Collector):
             "Generations that run, or wait for their turn in a session.",
             labels=["model"],
         )
-        tokens = CounterMetricFamily(
-            "petals_chat_tokens_generated", "Tokens generated since the worker started.", labels=["model"]
-        )
+        counts = {
+            name: CounterMetricFamily(f"petals_chat_{name}", text, labels=["model"])
+            for name, text in _COUNTS.items()
+        }
+        rooms = {
+            name: GaugeMetricFamily(f"petals_chat_{name}", text, labels=["model"])
+            for name, text in _ROOMS.items()
+        }
         for key, status in self._engine.statuses.items():
             for state in ModelState:
                 states.add_metric([key, state.value], float(state is status.state))
@@ -65,5 +83,6 @@ class Metrics(Collector):
                 servers.add_metric([key], len({peer.peer_id for peer in report.peers}))
                 sessions.add_metric([key], report.open_sessions)
                 running.add_metric([key], report.running_generations)
-                tokens.add_metric([key], report.tokens_generated)
-        yield from (states, missing, servers, sessions, running, tokens)
+                for name, family in (counts | rooms).items():
+                    family.add_metric([key], getattr(report, name))
+        yield from (states, missing, servers, sessions, running, *rooms.values(), *counts.values())

@@ -40,12 +40,18 @@ async def read_values(request: Request, max_bytes: int) -> Values:
         InvalidParameterError: the body, or the query string, cannot be understood.
         starlette.requests.ClientDisconnect: the client went away before the end of the body.
     """
-    body = await _read_body(request, max_bytes)
+    body = await read_body(request, max_bytes)
     in_query = parse_form(request.scope["query_string"], "query string")
     return {**parse_body(body, request.headers.get("content-type", "")), **in_query}
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The body alone.
+
+    Raises:
+        MessageTooLargeError: it has more than ``max_bytes`` bytes.
+        starlette.requests.ClientDisconnect: the client went away before its end.
+    """
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > max_bytes + MAX_DISCARDED_BYTES:
         raise MessageTooLargeError(max_bytes)

@@ -57,6 +57,8 @@ class ServiceStatus(BaseModel):
     total_blocks: int = Field(description="0 as long as the model has not been loaded.")
     open_sessions: int = Field(description="Inference sessions of all clients.")
     running_generations: int = Field(description="Sessions in which text is being generated, or waits to be.")
+    resident_sessions: int = Field(description="Contexts that hold attention caches in the swarm.")
+    waiting_generations: int = Field(description="Generations that wait for room in the attention caches.")
     tokens_per_second: float = Field(description="Generated for all clients, over the last minute.")
     uptime_seconds: float = Field(description="Since the gateway started.")
 
@@ -172,6 +174,8 @@ class StatusPages:
                 total_blocks=len(blocks),
                 open_sessions=status.report.open_sessions if status.report else 0,
                 running_generations=status.report.running_generations if status.report else 0,
+                resident_sessions=status.report.resident_sessions if status.report else 0,
+                waiting_generations=status.report.waiting_generations if status.report else 0,
                 tokens_per_second=self._rates[key].per_second(),
                 uptime_seconds=now - self._started_at if self._started_at is not None else 0.0,
             )
@@ -198,7 +202,7 @@ class StatusPages:
 
     def _describe(self, model: ModelSettings) -> dict[str, Any]:
         status = self._engine.statuses[model.key]
-        chat = model.chat.model_dump()
+        chat = model.chat.model_dump(exclude={"template"})
         limit = chat.pop("max_session_length")
         shown = model.model_dump(include={"key", "name", "family", "model_card", "license", "public_api"})
         if model.model_card is None and _card_file(model).is_file():

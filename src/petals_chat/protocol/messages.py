@@ -33,6 +33,14 @@ class SamplingParameters(msgspec.Struct, frozen=True, omit_defaults=True):
     """1.0 = off. Counts all tokens of the session, the prompt included."""
     seed: int | None = None
     """None = fresh randomness."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit for each time that it was generated; 0.0 = off."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens that were generated; 0.0 = off."""
+    logit_bias: dict[int, float] = {}
+    """Added to the logits of these tokens."""
+    top_logprobs: int | None = None
+    """Tell the log probability of each token, and of so many of the likeliest in its place; None = of none."""
 
 
 class FinishReason(enum.StrEnum):
@@ -71,6 +79,10 @@ class StartWorker(msgspec.Struct, frozen=True, tag="start_worker"):
     request_timeout: float
     connect_timeout: float
     update_period: float
+    chat_template: str | None = None
+    """Jinja, in place of the tokenizer's own; see `petals_chat.engine.chat_prompts`."""
+    chat_separator: str = "\n"
+    """Stands between the turns of a chat if there is no template at all."""
 
 
 class OpenSession(msgspec.Struct, frozen=True, tag="open_session"):
@@ -85,6 +97,19 @@ class OpenSession(msgspec.Struct, frozen=True, tag="open_session"):
     """It is for one request, which may go on from the context of an earlier one of the same owner."""
 
 
+class ChatMessage(msgspec.Struct, frozen=True):
+    """One message of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class ChatPrompt(msgspec.Struct, frozen=True):
+    """A chat, which the model's chat template turns into the prompt for the assistant's next message."""
+
+    messages: tuple[ChatMessage, ...]
+
+
 class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """What to generate in a session.
 
@@ -92,8 +117,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     tokens, ``max_length`` tokens of context, the end of the session's context.
     """
 
-    inputs: str | None
-    """New text, added to the session's context; None = continue from where the session is."""
+    inputs: str | ChatPrompt | tuple[int, ...] | None
+    """New text, or its token ids, added to the session's context; None = continue from where the session is."""
     sampling: SamplingParameters = SamplingParameters()
     max_new_tokens: int | None = None
     """None = no limit of its own."""
@@ -103,6 +128,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """One chunk for this many tokens; None = a single one at the end, with everything."""
     stop_sequences: tuple[str, ...] = ()
     """Matched on the generated text, across token borders; the matching text is part of the output."""
+    hide_end_of_sequence: bool = False
+    """Leave the text of the token that ends the sequence out of the output."""
 
 
 class Generate(msgspec.Struct, frozen=True, tag="generate"):
@@ -186,6 +213,21 @@ class SessionClosed(msgspec.Struct, frozen=True, tag="session_closed"):
     request_id: int
 
 
+class TokenProbability(msgspec.Struct, frozen=True, array_like=True):
+    """How probable a token was, by the model alone: before penalties, temperature and what else was asked for."""
+
+    text: bytes
+    """Its text; where it is a part of a character, some of that character's bytes."""
+    logprob: float
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """A generated token, and the likeliest tokens in its place, the likeliest first."""
+
+    chosen: TokenProbability
+    top: tuple[TokenProbability, ...]
+
+
 class ChunkGenerated(msgspec.Struct, frozen=True, tag="chunk_generated", omit_defaults=True):
     """Part of the answer to `Generate`; the last one has a ``finish_reason``.
 
@@ -200,6 +242,8 @@ class ChunkGenerated(msgspec.Struct, frozen=True, tag="chunk_generated", omit_de
     """Tokens of the request's own input; given in the last chunk."""
     cached_tokens: int = 0
     """Those of them that were processed for an earlier request; given in the last chunk."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each token, if they were asked for."""
 
 
 class GenerationQueued(msgspec.Struct, frozen=True, tag="generation_queued"):

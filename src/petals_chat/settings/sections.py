@@ -160,7 +160,7 @@ class EngineSettings(Section):
     dtype: Dtype = Dtype.AUTO
     """Precision."""
     threads: Annotated[int, Field(ge=0)] = 0
-    """CPU threads of one process; 0 = as torch chooses."""
+    """CPU threads of one process; 0 = as torch chooses, one for a small model."""
     workers: Annotated[int, Field(ge=1, le=64)] = 1
     """Processes for each model, among which its sessions are spread. They share the memory of 16-bit weights."""
     reuse_prefixes: bool = True
@@ -199,6 +199,9 @@ class ChatSettings(Section):
     """Ends an answer."""
     extra_stop_sequences: tuple[Text, ...] = ("</s>",)
     """End an answer too."""
+    template: Text | None = None
+    """Jinja template that words chats of the OpenAI-compatible API. Unset = the tokenizer's own; if it has none,
+    turns are separated by ``sep_token``."""
     generation: GenerationDefaults = GenerationDefaults()
     """What the page and the terminal chat start with."""
     sample_questions: Annotated[tuple[Text, ...], Field(max_length=12)] = ()

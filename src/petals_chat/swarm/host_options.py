@@ -53,7 +53,7 @@ class HostOptions:
     name: str | None
     """What monitors of the swarm show."""
     threads: int
-    """CPU threads; 0 = as torch chooses."""
+    """CPU threads; 0 = as torch chooses, one for a small model."""
     debug: bool
     """Show all that Petals and hivemind log."""
     ready_fd: int | None

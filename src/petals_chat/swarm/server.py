@@ -35,6 +35,8 @@ THROUGHPUT_UNMEASURED = 1.0
 """Tokens per second that a host of a private swarm announces; where it differs, block choice differs."""
 UPDATE_PERIOD_SECONDS = 30.0
 """Between two announcements; they are valid twice as long."""
+SMALL_HIDDEN_SIZE = 512
+"""Blocks of such models are computed by one thread, unless the options say otherwise."""
 SESSION_TIMEOUT_SECONDS = 24 * 3600.0
 """Of a whole session. One that is not used ends after Petals' ``step_timeout``, 5 minutes."""
 HEALTH_CHECK_SECONDS = 5.0
@@ -65,8 +67,8 @@ class BlockServer:
         self._options, self._checkpoint = options, checkpoint
         stored_dtype = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
         dtype = resolve_dtype(options.dtype, device, getattr(torch, str(stored_dtype), None))
-        if options.threads:
-            torch.set_num_threads(options.threads)
+        if options.threads or _is_small(checkpoint):
+            torch.set_num_threads(options.threads or 1)
         if options.identity:
             prepare_identity(options.identity)
         register(family)
@@ -180,6 +182,13 @@ class _NoReachabilityProtocol:
     @staticmethod
     def attach_to_dht(dht: Any) -> None:
         """Attach nothing."""
+
+
+def _is_small(checkpoint: Checkpoint) -> bool:
+    """Whether a step is over before other threads have begun to help; and while the machine is busy with something
+    else, waiting for them takes many times as long as the step."""
+    hidden_size = checkpoint.config.get("hidden_size")
+    return isinstance(hidden_size, int) and hidden_size <= SMALL_HIDDEN_SIZE
 
 
 def _block_options(options: HostOptions, num_blocks: int, device: torch.device) -> dict[str, Any]:

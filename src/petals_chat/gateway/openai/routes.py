@@ -1,0 +1,341 @@
+"""The endpoints of the OpenAI-compatible API: they read requests, run generations, and send replies.
+
+A request has no session on the server: each of its choices gets one of its own, which goes on from the context of an
+earlier request whose text this one extends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing, suppress
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from petals_chat.engine.interface import Chunk, Engine
+from petals_chat.errors import EngineError, PetalsChatError
+from petals_chat.gateway.deadlines import ClientDisconnectedError, deadline, while_connected
+from petals_chat.gateway.error_responses import ErrorResponses, http_status
+from petals_chat.gateway.models import ModelRegistry
+from petals_chat.gateway.openai.errors import ErrorReply, error_reply, unknown_address_reply
+from petals_chat.gateway.openai.event_stream import DONE, EventStream
+from petals_chat.gateway.openai.parameters import (
+    ChatParameters,
+    CommonParameters,
+    CompletionParameters,
+    Plan,
+    parse,
+)
+from petals_chat.gateway.openai.replies import (
+    ChatReplyWriter,
+    Choice,
+    CompletionReplyWriter,
+    ReplyWriter,
+    Usage,
+)
+from petals_chat.gateway.origins import is_same_origin
+from petals_chat.gateway.owners import owner_of
+from petals_chat.gateway.request_body import read_body
+from petals_chat.protocol.messages import GenerationRequest
+from petals_chat.settings import LimitSettings, ModelSettings
+
+CHOICES_AT_ONCE = 16
+"""Choices of one request that have a session at the same time; the others follow."""
+
+_ALL_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
+
+OnChunk = Callable[[Choice, Chunk], Awaitable[None]]
+
+
+class OpenAI:
+    """The endpoints."""
+
+    def __init__(
+        self, models: ModelRegistry, engine: Engine, errors: ErrorResponses, limits: LimitSettings
+    ) -> None:
+        self._models = models
+        self._engine = engine
+        self._errors = errors
+        self._limits = limits
+        self._created = int(time.time())
+
+    def router(self) -> APIRouter:
+        """The routes, with their documentation."""
+        router = APIRouter(prefix="/v1", tags=["OpenAI-compatible API"])
+        router.add_api_route("/models", self.list_models)
+        router.add_api_route("/models/{name:path}", self.retrieve_model)
+        for path, endpoint, parameters in (
+            ("/chat/completions", self.chat_completions, ChatParameters),
+            ("/completions", self.completions, CompletionParameters),
+        ):
+            router.add_api_route(path, endpoint, methods=["POST"], openapi_extra=_request_body(parameters))
+        router.add_api_route(
+            "/{path:path}", self.unknown_address, methods=_ALL_METHODS, include_in_schema=False
+        )
+        return router
+
+    async def list_models(self) -> Response:
+        """List the models, the default one first."""
+        return _json({"object": "list", "data": [self._describe(model) for model in self._models]})
+
+    async def retrieve_model(self, name: str) -> Response:
+        """Describe a model."""
+        try:
+            return _json(self._describe(self._models.find(name)))
+        except PetalsChatError as error:
+            return self._failure(error)
+
+    async def chat_completions(self, request: Request) -> Response:
+        """Answer the last message of a chat.
+
+        With `stream`, the answer comes piece by piece as server-sent events.
+        """
+        return await self._answer(request, self._plan_chat, "messages")
+
+    async def completions(self, request: Request) -> Response:
+        """Continue one text, or several.
+
+        With `stream`, they come piece by piece as server-sent events.
+        """
+        return await self._answer(request, self._plan_completion, "prompt")
+
+    async def unknown_address(self, request: Request) -> Response:
+        """Say that there is no such endpoint."""
+        status, reply = unknown_address_reply(request.method, request.url.path)
+        return _json(reply, status)
+
+    async def _answer(
+        self, request: Request, plan: Callable[[Request, bytes], _Job], prompt_field: str
+    ) -> Response:
+        try:
+            async with deadline(self._limits.request_timeout_seconds):
+                body = await read_body(request, self._limits.max_message_bytes)
+            job = plan(request, body)
+        except ClientDisconnect:
+            return Response()  # nobody reads it
+        except Exception as error:
+            return self._failure(error, prompt_field)
+
+        def explain(error: Exception) -> tuple[int, ErrorReply]:
+            known = self._errors.known(error)
+            return http_status(known), error_reply(known, prompt_field)
+
+        return _JobResponse(job, self._limits.request_timeout_seconds, explain)
+
+    def _plan_chat(self, request: Request, body: bytes) -> _Job:
+        parameters = parse(ChatParameters, body)
+        model = self._find(request, parameters)
+        writer = ChatReplyWriter(model.key, includes_usage=parameters.includes_usage)
+        return self._job(request, model, parameters, parameters.plan(model.chat, self._limits), writer)
+
+    def _plan_completion(self, request: Request, body: bytes) -> _Job:
+        parameters = parse(CompletionParameters, body)
+        model = self._find(request, parameters)
+        writer = CompletionReplyWriter(model.key, includes_usage=parameters.includes_usage)
+        return self._job(request, model, parameters, parameters.plan(self._limits), writer)
+
+    def _job(
+        self,
+        request: Request,
+        model: ModelSettings,
+        parameters: CommonParameters,
+        plan: Plan,
+        writer: ReplyWriter,
+    ) -> _Job:
+        generator = _Generator(self._engine, model.key, self._session_limit(model), owner_of(request))
+        return _Job(generator, plan, writer, is_stream=bool(parameters.stream))
+
+    def _find(self, request: Request, parameters: CommonParameters) -> ModelSettings:
+        return self._models.find_usable(parameters.model, same_origin=is_same_origin(request))
+
+    def _session_limit(self, model: ModelSettings) -> int:
+        worker = self._engine.statuses[model.key].worker
+        return worker.max_session_length if worker else model.chat.max_session_length
+
+    def _describe(self, model: ModelSettings) -> dict[str, Any]:
+        return {
+            "id": model.key,
+            "object": "model",
+            "created": self._created,
+            "owned_by": model.key.partition("/")[0],
+            "max_model_len": self._session_limit(model),
+        }
+
+    def _failure(self, error: Exception, prompt_field: str | None = None) -> Response:
+        known = self._errors.known(error)
+        return _json(error_reply(known, prompt_field), http_status(known))
+
+
+class _Generator:
+    """Generates choices for one client."""
+
+    def __init__(self, engine: Engine, model_key: str, session_tokens: int, owner: str) -> None:
+        self._engine = engine
+        self._model_key = model_key
+        self._session_tokens = session_tokens
+        self._owner = owner
+
+    async def run(self, plan: Plan, on_chunk: OnChunk) -> list[Choice]:
+        """All choices, when the last one has ended; ``on_chunk`` is awaited for each piece of them.
+
+        Raises:
+            PetalsChatError: one of them failed; the others were ended.
+        """
+        requests = plan.requests
+        choices = [Choice(index, request, echo=plan.echo) for index, request in enumerate(requests)]
+        if len(choices) == 1:
+            await self._generate(choices[0], requests[0], on_chunk)
+            return choices
+        slots = asyncio.Semaphore(CHOICES_AT_ONCE)
+
+        async def generate(choice: Choice, request: GenerationRequest) -> None:
+            async with slots:
+                await self._generate(choice, request, on_chunk)
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for choice, request in zip(choices, requests, strict=True):
+                    tasks.create_task(generate(choice, request))
+        except* Exception as group:
+            raise _first_of(group) from None
+        return choices
+
+    async def _generate(self, choice: Choice, request: GenerationRequest, on_chunk: OnChunk) -> None:
+        session = await self._engine.open_session(
+            self._model_key, self._session_tokens, owner=self._owner, is_stateless=True
+        )
+        try:
+            async with aclosing(session.generate(request)) as chunks:
+                async for chunk in chunks:
+                    if chunk.queue_place is None:
+                        await on_chunk(choice, chunk)
+        finally:
+            await session.close()
+        assert choice.finish_reason is not None, "the engine ended a generation without a reason"
+
+
+class _Job:
+    """A request that was understood, and how its reply is to be sent."""
+
+    def __init__(self, generator: _Generator, plan: Plan, writer: ReplyWriter, *, is_stream: bool) -> None:
+        self._generator = generator
+        self._plan = plan
+        self._writer = writer
+        self.is_stream = is_stream
+
+    async def whole(self) -> bytes:
+        """The reply in one piece."""
+
+        async def collect(choice: Choice, chunk: Chunk) -> None:
+            choice.add(chunk)
+
+        choices = await self._generator.run(self._plan, collect)
+        return self._writer.whole(choices, self._usage(choices))
+
+    async def send(self, events: EventStream) -> None:
+        """The reply as events."""
+
+        async def pass_on(choice: Choice, chunk: Chunk) -> None:
+            await events.send(self._writer.piece(choice, choice.add(chunk)))
+
+        choices = await self._generator.run(self._plan, pass_on)
+        await events.send([*self._writer.closing(self._usage(choices)), DONE])
+
+    def opening(self) -> list[bytes]:
+        """The first events of a stream."""
+        return [chunk for index in range(len(self._plan.requests)) for chunk in self._writer.opening(index)]
+
+    def _usage(self, choices: list[Choice]) -> Usage:
+        return Usage.of(choices, self._plan.choices_per_prompt)
+
+
+class _JobResponse(Response):
+    """Does a job while the client is there, and sends what comes of it.
+
+    Args:
+        explain: HTTP status and reply for an error.
+    """
+
+    def __init__(
+        self, job: _Job, timeout_seconds: float, explain: Callable[[Exception], tuple[int, ErrorReply]]
+    ) -> None:
+        super().__init__()
+        self._job = job
+        self._timeout_seconds = timeout_seconds
+        self._explain = explain
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The reply, as an ASGI application."""
+        events = EventStream(send, self._job.opening) if self._job.is_stream else None
+        try:
+            async with deadline(self._timeout_seconds):
+                if events is None:
+                    body = await while_connected(receive, self._job.whole())
+                else:
+                    await while_connected(receive, self._stream(events))
+        except ClientDisconnectedError:
+            return  # nobody reads it
+        except asyncio.CancelledError:
+            # The server stops, and has waited long enough. The client shall know, instead of being cut off.
+            stopping = EngineError("the server is being stopped. Try again in a moment")
+            await self._fail(stopping, events, scope, receive, send)
+        except Exception as error:
+            await self._fail(error, events, scope, receive, send)
+        else:
+            if events is None:
+                await Response(body, media_type="application/json")(scope, receive, send)
+            else:
+                await events.end()
+
+    async def _stream(self, events: EventStream) -> None:
+        keeping_alive = asyncio.create_task(events.keep_alive())
+        try:
+            await self._job.send(events)
+        finally:
+            keeping_alive.cancel()
+            with suppress(asyncio.CancelledError):
+                await keeping_alive
+
+    async def _fail(
+        self, error: Exception, events: EventStream | None, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        status, reply = self._explain(error)
+        if events is None or not events.is_started:
+            await _json(reply, status)(scope, receive, send)
+        else:
+            await events.send([msgspec.json.encode(reply)])
+            await events.end()
+
+
+def _first_of(group: BaseExceptionGroup[Exception]) -> Exception:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, Exception)
+    return error
+
+
+def _json(content: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(content), status, media_type="application/json")
+
+
+def _request_body(parameters: type[CommonParameters]) -> dict[str, Any]:
+    (schema,), components = msgspec.json.schema_components([parameters])
+    return {"requestBody": {"content": {"application/json": {"schema": _inlined(schema, components)}}}}
+
+
+def _inlined(schema: Any, components: dict[str, Any]) -> Any:
+    """The schema with its parts in it, not beside it."""
+    if isinstance(schema, list):
+        return [_inlined(part, components) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if reference := schema.get("$ref"):
+        return _inlined(components[reference.rpartition("/")[2]], components)
+    return {name: _inlined(part, components) for name, part in schema.items()}
