@@ -23,7 +23,6 @@ from training.train import Recipe, batches, new_model, train
 OUTPUT = Path(__file__).parent.parent / "build/petals-guide"
 _TOKENIZER_DIALOGUES = 20_000
 _MAX_ANSWER_TOKENS = 128
-_SMOKE = Recipe(hidden_size=64, intermediate_size=128, num_heads=2, num_key_value_heads=1, num_blocks=6)
 
 
 def main() -> None:
