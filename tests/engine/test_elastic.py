@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from operator import sub
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from petals_chat.engine.interface import Chunk, EngineSession
 from petals_chat.engine.supervisor import ProcessEngine
-from petals_chat.errors import AttentionCacheFullError
+from petals_chat.errors import AttentionCacheFullError, MaximumLengthExceededError
 from petals_chat.protocol.messages import GenerationRequest, StatusReported
 from petals_chat.settings import (
     ChatSettings,
@@ -219,6 +219,23 @@ async def test_who_waits_too_long_is_told_so_and_can_try_again(serve: Serve) -> 
         await other.close()
 
 
+async def test_who_leaves_while_waiting_is_out_of_the_queue_at_once(serve: Serve) -> None:
+    async with serve() as engine:
+        holder = await engine.open_session("model", CACHE_TOKENS)
+        stream = holder.generate(GenerationRequest(prompt_of(0), chunk_tokens=1))
+        await anext(stream)
+        other = await engine.open_session("model", CACHE_TOKENS)
+        waiting = other.generate(GenerationRequest(prompt_of(1) * 3, chunk_tokens=1))
+        first = await anext(waiting)
+        assert first.queue_place == 1
+        await waiting.aclose()
+        async with asyncio.timeout(2):
+            await other.close()
+        assert (await report_of(engine)).waiting_generations == 0
+        await stream.aclose()
+        await holder.close()
+
+
 async def test_a_stateless_chat_processes_only_what_is_new(engine: ProcessEngine) -> None:
     """Ten turns on the model with scripts, whose answers have the tokens that a tokenizer gives their text."""
 
@@ -291,3 +308,54 @@ def is_worker(process: psutil.Process) -> bool:
 def cpu_seconds(process: psutil.Process) -> float:
     times = process.cpu_times()
     return float(times.user + times.system)
+
+
+async def test_500_sessions_dropped_in_every_state_leave_nothing(serve: Serve) -> None:
+    """States: never used, finished, without a session's end, in mid-generation, in prefill, while it waits, failed."""
+
+    async def drop(engine: ProcessEngine, number: int) -> None:
+        state = number % 7
+        session = await engine.open_session("model", 200, owner=f"user {number % 5}", is_stateless=state == 2)
+        request = GenerationRequest(prompt_of(number), max_new_tokens=2, chunk_tokens=1)
+        stream = session.generate(request)
+        if state in (1, 2):
+            await generate(session, request)
+        elif state == 3:
+            async for chunk in stream:
+                if chunk.text:
+                    break
+        elif state in (4, 5):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.01 * state):
+                    await anext(stream)
+        elif state == 6:
+            with pytest.raises(MaximumLengthExceededError):
+                await generate(session, GenerationRequest(prompt_of(number) * 20, max_new_tokens=1))
+        await stream.aclose()
+        await session.close()
+
+    async def drop_some(engine: ProcessEngine, numbers: range) -> None:
+        for number in numbers:
+            await drop(engine, number)
+
+    children = set(psutil.Process().children())
+    async with serve() as engine:
+        (worker,) = [child for child in set(psutil.Process().children()) - children if is_worker(child)]
+        await drop_some(engine, range(10))  # what is made once is there now
+        tasks = len(asyncio.all_tasks())
+        before = (worker.num_threads(), worker.num_fds())
+        await asyncio.gather(*(drop_some(engine, range(start, 500, 10)) for start in range(10)))
+        report = await report_of(engine)
+        while report.running_generations:
+            report = await report_of(engine)
+        assert (report.open_sessions, report.waiting_generations) == (0, 0)
+        assert len(asyncio.all_tasks()) <= tasks
+        # All of the host's room can be had, once what was kept for requests that extend it is given back.
+        session = await engine.open_session("model", CACHE_TOKENS)
+        await generate(session, GenerationRequest(prompt_of(0) * 3, max_new_tokens=250))
+        await session.close()
+        report = await report_of(engine)
+        assert report.resident_sessions == 0
+        threads, descriptors = worker.num_threads(), worker.num_fds()
+        assert threads <= before[0] + 4  # those of an executor, which are made when they are needed
+        assert descriptors <= before[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import NoReturn
 
 import pytest
@@ -29,25 +29,37 @@ class Tenant:
         self.name = name
         self.owner = owner or name
         self.places_told: list[int] = []
+        self.cancelled = False
+        self.on_cancel: Callable[[], None] | None = None
         self._places = places
 
     async def enter(self) -> None:
-        await self._places.queue.admit(self, self._attempt, self.places_told.append)
-        self._places.log.append(self.name)
+        if await self._places.queue.admit(self, self._attempt, self):
+            self._places.log.append(self.name)
+
+    def queued(self, place: int) -> None:
+        self.places_told.append(place)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        if self.on_cancel:
+            self.on_cancel()
 
     async def leave(self) -> None:
-        self._places.free += 1
         self._places.queue.leave(self)
+        self._places.free += 1
+        self._places.queue.freed()
 
     async def evict(self) -> None:
         self._places.log.append(f"-{self.name}")
         await self.leave()
 
-    async def _attempt(self, is_scarce: bool) -> None:
+    async def _attempt(self, is_scarce: bool) -> bool:
         await asyncio.sleep(0)
         if self._places.free == 0:
             raise AttentionCacheFullError
         self._places.free -= 1
+        return True
 
 
 @pytest.fixture(autouse=True)
@@ -178,12 +190,27 @@ async def test_who_gives_up_leaves_the_queue_to_the_others(places: Places, queue
     await second
 
 
+async def test_who_is_cancelled_stops_waiting_at_once(places: Places, queue: RoomQueue) -> None:
+    for name in "ab":
+        await Tenant(name, places).enter()
+    waiting = [Tenant(name, places) for name in "cd"]
+    tasks = []
+    for count, tenant in enumerate(waiting, 1):
+        tasks.append(asyncio.create_task(tenant.enter()))
+        await waiting_for(queue, count)
+    for tenant in reversed(waiting):  # one behind the head, then the head itself
+        tenant.cancel()
+    await asyncio.gather(*tasks)
+    assert places.log == ["a", "b"]
+
+
 async def test_another_error_goes_to_the_one_it_concerns(places: Places, queue: RoomQueue) -> None:
     async def fail(is_scarce: bool) -> NoReturn:
         raise SwarmUnreachableError("nobody there")
 
+    tenant = Tenant("a", places)
     with pytest.raises(SwarmUnreachableError):
-        await queue.admit(Tenant("a", places), fail, lambda place: None)
+        await queue.admit(tenant, fail, tenant)
     await Tenant("b", places).enter()
 
 

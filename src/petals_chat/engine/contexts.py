@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from petals_chat.engine.rooms import PlaceListener, RoomQueue
+from petals_chat.engine.rooms import Applicant, RoomQueue
 from petals_chat.errors import AttentionCacheFullError
 from petals_chat.head.modules import ClientModules
 
@@ -104,17 +104,15 @@ class Context:
         """Length of the part of the history that is in the caches."""
         return 0 if self._caches is None else self._caches.position
 
-    async def feed(
-        self, new_tokens: int | None, on_place: PlaceListener, is_cancelled: Callable[[], bool]
-    ) -> torch.Tensor | None:
+    async def feed(self, new_tokens: int | None, applicant: Applicant) -> torch.Tensor | None:
         """Send what the caches do not hold of the history; waits for room if there is none.
 
         Args:
             new_tokens: how many more tokens will probably follow; None if that is not known.
-            on_place: told the place in the queue, should there be one.
+            applicant: whom it is for.
 
         Returns:
-            The hidden state [hidden_size] of the last token; None if cancelled on the way to it.
+            The hidden state [hidden_size] of the last token; None if the applicant was cancelled on the way to it.
 
         Raises:
             SwarmError: the swarm cannot do it now.
@@ -127,8 +125,10 @@ class Context:
                 if self._caches is None or self._caches.max_length < len(self.tokens):
                     await self.drop_caches()
                     hidden = await self._swarm.rooms.admit(
-                        self, lambda is_scarce: self._open(new_tokens, is_scarce), on_place
+                        self, lambda is_scarce: self._open(new_tokens, is_scarce), applicant
                     )
+                    if hidden is None:
+                        return None
                 else:
                     try:
                         hidden = await self._step(self._caches)
@@ -138,7 +138,7 @@ class Context:
                 if self.cached_tokens == len(self.tokens):
                     self._swarm.rooms.settled(self)
                     return hidden[0, -1]
-                if is_cancelled():
+                if applicant.cancelled:
                     return None
 
     async def evict(self) -> None:
@@ -149,10 +149,11 @@ class Context:
         """Free the servers' memory."""
         if self._caches is not None:
             caches, self._caches = self._caches, None
+            self._swarm.rooms.leave(self)
             try:
                 await caches.close()
             finally:
-                self._swarm.rooms.leave(self)
+                self._swarm.rooms.freed()
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from ``length`` on; the caches must not hold them."""

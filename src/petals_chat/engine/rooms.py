@@ -8,6 +8,7 @@ if none is, of one that has had its time slice, which comes back by way of the q
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -16,8 +17,6 @@ from typing import NoReturn, Protocol, TypeVar
 from petals_chat.errors import AttentionCacheFullError
 
 Result = TypeVar("Result")
-PlaceListener = Callable[[int], None]
-"""Is told the place in the queue whenever it changes; 1 = next."""
 
 IDLE_GRACE_SECONDS = 1.0
 """A client that sends a request for each token has such pauses; without need nothing is taken from it."""
@@ -27,6 +26,18 @@ SLICE_PER_REPLAY = 4.0
 LOOK_AGAIN_SECONDS = 0.5
 """Other gateways do not say when they free memory."""
 EXPIRY_CHECK_SECONDS = 5.0
+
+
+class Applicant(Protocol):
+    """Who waits for room."""
+
+    cancelled: bool
+    """True = does not want it any more."""
+    on_cancel: Callable[[], None] | None
+    """Called when ``cancelled`` becomes true."""
+
+    def queued(self, place: int) -> None:
+        """The place in the queue, whenever it changes; 1 = next."""
 
 
 class Resident(Protocol):
@@ -56,15 +67,16 @@ class _Stay:
 
 
 class _Waiter:
-    def __init__(self, on_place: PlaceListener) -> None:
+    def __init__(self, applicant: Applicant) -> None:
         self.turn = asyncio.Event()
-        self._on_place = on_place
+        """Set when it may try, and when it wants no more."""
+        self._applicant = applicant
         self._place = 0
 
     def tell_place(self, place: int) -> None:
         if place != self._place:
             self._place = place
-            self._on_place(place)
+            self._applicant.queued(place)
 
 
 class RoomQueue:
@@ -101,30 +113,26 @@ class RoomQueue:
         return sum(map(len, self._queues.values())) + (self._head is not None)
 
     async def admit(
-        self, resident: Resident, attempt: Callable[[bool], Awaitable[Result]], on_place: PlaceListener
-    ) -> Result:
-        """Take caches as soon as there is room.
+        self, resident: Resident, attempt: Callable[[bool], Awaitable[Result]], applicant: Applicant
+    ) -> Result | None:
+        """Take caches as soon as there is room; None if the applicant was cancelled before.
 
         Args:
             attempt: tries to take them, and raises `AttentionCacheFullError` if there is no room; its argument
                 tells whether room is scarce.
-            on_place: see `PlaceListener`; never called if there is room at once.
+            applicant: never told a place if there is room at once.
 
         Raises:
             AttentionCacheFullError: too many wait, or it took too long.
             PetalsChatError: what else ``attempt`` raises.
         """
-        began = _now()
-        is_free = self.waiting == 0
-        if is_free:
-            try:
+        if self.waiting == 0:
+            began = _now()
+            with contextlib.suppress(AttentionCacheFullError):
                 result = await attempt(False)
-            except AttentionCacheFullError:
-                is_free = False
-            else:
                 self._stays[resident] = _Stay(began)
                 return result
-        return await self._admit_in_turn(resident, attempt, on_place)
+        return await self._admit_in_turn(resident, attempt, applicant)
 
     def settled(self, resident: Resident) -> None:
         """The caches hold the whole history: what that took is known now."""
@@ -148,9 +156,12 @@ class RoomQueue:
             self._changed.set()
 
     def leave(self, resident: Resident) -> None:
-        """The context holds no caches any more."""
-        if self._stays.pop(resident, None):
-            self._changed.set()
+        """The context gives its caches back; `freed` follows when that is done."""
+        self._stays.pop(resident, None)
+
+    def freed(self) -> None:
+        """There may be room now."""
+        self._changed.set()
 
     async def expire_idle(self) -> NoReturn:
         """Give back what nobody has used for ``idle_timeout``."""
@@ -167,17 +178,23 @@ class RoomQueue:
                     await resident.evict()
 
     async def _admit_in_turn(
-        self, resident: Resident, attempt: Callable[[bool], Awaitable[Result]], on_place: PlaceListener
-    ) -> Result:
+        self, resident: Resident, attempt: Callable[[bool], Awaitable[Result]], applicant: Applicant
+    ) -> Result | None:
         if self.waiting >= self._max_waiting:
             raise AttentionCacheFullError(f"{self.waiting} others wait for room already")
-        waiter = _Waiter(on_place)
+        waiter = _Waiter(applicant)
+
+        def wake() -> None:
+            waiter.turn.set()
+            self._changed.set()
+
+        applicant.on_cancel = wake
         self._queues.setdefault(resident.owner, deque()).append(waiter)
         self._advance()
         try:
             async with asyncio.timeout(self._timeout):
                 await waiter.turn.wait()
-                while True:
+                while not applicant.cancelled:
                     began = _now()
                     try:
                         result = await attempt(True)
@@ -186,9 +203,11 @@ class RoomQueue:
                     else:
                         self._stays[resident] = _Stay(began)
                         return result
+                return None
         except TimeoutError:
             raise AttentionCacheFullError(f"no room came free within {self._timeout:g} s") from None
         finally:
+            applicant.on_cancel = None
             self._remove(resident.owner, waiter)
             self._advance()
 
@@ -208,11 +227,9 @@ class RoomQueue:
             oldest.is_recalled = oldest.evictable_at() <= now
         next_at = min((stay.evictable_at() for stay in self._stays.values()), default=now)
         pause = min(max(next_at - now, 0.01), LOOK_AGAIN_SECONDS) if next_at > now else LOOK_AGAIN_SECONDS
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(pause):
                 await self._changed.wait()
-        except TimeoutError:
-            pass
 
     def _advance(self) -> None:
         """Let the next waiter try, if none does, and tell the others their places."""

@@ -9,6 +9,7 @@ import torch
 
 from petals_chat.engine.contexts import Context, Swarm
 from petals_chat.engine.prefixes import PrefixStore
+from petals_chat.engine.rooms import Applicant
 from petals_chat.engine.tokenizer import Tokenizer
 from petals_chat.errors import InvalidParameterError, MaximumLengthExceededError
 from petals_chat.generation.detokenize import IncrementalDetokenizer
@@ -18,11 +19,11 @@ from petals_chat.head.batcher import HeadBatcher
 from petals_chat.protocol.messages import FinishReason, GenerationRequest, TokenLogprobs
 
 
-class ChunkConsumer(Protocol):
-    """Who takes the chunks of a generation."""
+class ChunkConsumer(Applicant, Protocol):
+    """Who takes the chunks of a generation.
 
-    cancelled: bool
-    """True = nobody wants more; the generation ends after the step that is on its way."""
+    Once it is ``cancelled``, the generation ends after the step that is on its way.
+    """
 
     async def take(
         self,
@@ -33,9 +34,6 @@ class ChunkConsumer(Protocol):
         logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> None:
         """Take a chunk; waits while the client is slow. The last chunk has a ``finish_reason``."""
-
-    def queued(self, place: int) -> None:
-        """The generation waits for room in the swarm, and has this place in the queue; 1 = next."""
 
 
 class Usage:
@@ -181,7 +179,7 @@ class Session:
         self, request: GenerationRequest, generated: int, consumer: ChunkConsumer
     ) -> torch.Tensor | None:
         new_tokens = None if request.max_new_tokens is None else request.max_new_tokens - generated
-        return await self._context.feed(new_tokens, consumer.queued, lambda: consumer.cancelled)
+        return await self._context.feed(new_tokens, consumer)
 
     def _finish_reason(
         self, request: GenerationRequest, token: int, generated: int, consumer: ChunkConsumer

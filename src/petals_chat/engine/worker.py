@@ -67,6 +67,7 @@ class _Generation:
     def __init__(self, command: Generate, session: Session, send: Callable[[Event], None]) -> None:
         self.session = session
         self.cancelled = False
+        self.on_cancel: Callable[[], None] | None = None
         self._command = command
         self._send = send
         self._window = asyncio.Semaphore(command.window)
@@ -105,6 +106,8 @@ class _Generation:
     def cancel(self) -> None:
         self.cancelled = True
         self._window.release()  # a last chunk, if it waits for a client who has gone
+        if self.on_cancel:
+            self.on_cancel()
 
 
 class Worker:
