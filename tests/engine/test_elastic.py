@@ -274,6 +274,18 @@ async def test_reuse_can_be_switched_off(serve: Serve) -> None:
         assert (await report_of(engine)).resident_sessions == 0
 
 
+async def test_workers_make_room_for_each_other(serve: Serve) -> None:
+    """An idle session of one worker that fills the host keeps that of another waiting, but not for long."""
+    async with serve(workers=2) as engine:
+        first, second = [await engine.open_session("model", CACHE_TOKENS) for _ in range(2)]
+        await generate(first, GenerationRequest(prompt_of(0) * 3, max_new_tokens=250))
+        async with asyncio.timeout(30):  # far less than the idle time-out of caches
+            chunks = await generate(second, GenerationRequest(prompt_of(1) * 3, max_new_tokens=250))
+        assert chunks[0].queue_place == 1
+        await first.close()
+        await second.close()
+
+
 async def test_sessions_are_spread_over_workers_and_stay_where_they_are(
     serve: Serve, reference: Reference
 ) -> None:

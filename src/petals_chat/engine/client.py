@@ -19,6 +19,7 @@ from petals_chat.protocol.messages import (
     Generate,
     GenerationQueued,
     GenerationRequest,
+    GiveBackCaches,
     OpenSession,
     RequestFailed,
     SessionClosed,
@@ -100,6 +101,11 @@ class WorkerConnection:
         except asyncio.CancelledError:
             self._send(CloseSession(next(self._request_ids), session_id))  # nobody will own it
             raise
+
+    def give_back_caches(self) -> None:
+        """Ask the worker for attention caches that nobody uses, since others wait for their room."""
+        if not self._lost:
+            self._send(GiveBackCaches())
 
     async def close_session(self, session_id: str) -> None:
         """Close a session; returns when its memory is free, or the worker is gone."""

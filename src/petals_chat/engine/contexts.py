@@ -118,28 +118,30 @@ class Context:
             SwarmError: the swarm cannot do it now.
             AttentionCacheFullError: there was no room for too long, or too many wait.
         """
-        if self._caches is not None and self._swarm.rooms.is_recalled(self):
+        rooms = self._swarm.rooms
+        if self._caches is not None and rooms.is_recalled(self):
             await self._give_back()
-        with torch.inference_mode():
-            while True:
-                if self._caches is None or self._caches.max_length < len(self.tokens):
-                    await self.drop_caches()
-                    hidden = await self._swarm.rooms.admit(
-                        self, lambda is_scarce: self._open(new_tokens, is_scarce), applicant
-                    )
-                    if hidden is None:
-                        return None
-                else:
-                    try:
-                        hidden = await self._step(self._caches)
-                    except AttentionCacheFullError:  # a server was lost, and its substitute has no room
-                        await self.drop_caches()
-                        continue
-                if self.cached_tokens == len(self.tokens):
-                    self._swarm.rooms.settled(self)
-                    return hidden[0, -1]
-                if applicant.cancelled:
+        while not applicant.cancelled:
+            if self._caches is None or self._caches.max_length < len(self.tokens):
+                await self.drop_caches()
+                hidden = await rooms.admit(
+                    self,
+                    lambda is_scarce: self._open(new_tokens, is_scarce),
+                    applicant,
+                    is_return=self._tokens_sent > 0,
+                )
+                if hidden is None:
                     return None
+            else:
+                try:
+                    hidden = await self._step(self._caches)
+                except AttentionCacheFullError:  # a server was lost, and its substitute has no room
+                    await self.drop_caches()
+                    continue
+            if self.cached_tokens == len(self.tokens):
+                rooms.settled(self)
+                return hidden[0, -1]
+        return None
 
     async def evict(self) -> None:
         """Make room for others; only while nobody feeds."""
@@ -189,7 +191,8 @@ class Context:
         """The next piece of the history through all blocks: hidden states [1, tokens, hidden_size]."""
         start = caches.position
         end = min(start + self._swarm.prefill_chunk_tokens, len(self.tokens))
-        hidden = self._swarm.modules.embed(self.tokens[start:end])
+        with torch.inference_mode():  # never over an await: the mode is the thread's, not the task's
+            hidden = self._swarm.modules.embed(self.tokens[start:end])
         if end - start == 1:
             outputs = await caches.step(hidden)
         else:

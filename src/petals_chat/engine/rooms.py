@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import NoReturn, Protocol, TypeVar
@@ -54,12 +55,15 @@ class _Stay:
     """The time in which a context holds caches."""
 
     since: float
-    replay_seconds: float = 0.0
+    replay_seconds: float | None = None
+    """How long it took to fill the caches; None as long as that goes on."""
     idle_since: float | None = None
     is_recalled: bool = False
 
     def evictable_at(self) -> float:
         """From when on the caches may be taken for others, if it stays as it is; busy or not."""
+        if self.replay_seconds is None:
+            return math.inf  # its replay would have been for nothing
         end_of_slice = self.since + max(SLICE_SECONDS, SLICE_PER_REPLAY * self.replay_seconds)
         if self.idle_since is None:
             return end_of_slice
@@ -101,6 +105,8 @@ class RoomQueue:
         self._head: _Waiter | None = None
         """The waiter that tries; it is not in its queue any more."""
         self._changed = asyncio.Event()
+        """Somebody became idle or left, or the head wants no more."""
+        self._is_freed = False
 
     @property
     def residents(self) -> int:
@@ -113,7 +119,12 @@ class RoomQueue:
         return sum(map(len, self._queues.values())) + (self._head is not None)
 
     async def admit(
-        self, resident: Resident, attempt: Callable[[bool], Awaitable[Result]], applicant: Applicant
+        self,
+        resident: Resident,
+        attempt: Callable[[bool], Awaitable[Result]],
+        applicant: Applicant,
+        *,
+        is_return: bool = False,
     ) -> Result | None:
         """Take caches as soon as there is room; None if the applicant was cancelled before.
 
@@ -121,6 +132,7 @@ class RoomQueue:
             attempt: tries to take them, and raises `AttentionCacheFullError` if there is no room; its argument
                 tells whether room is scarce.
             applicant: never told a place if there is room at once.
+            is_return: it has had caches before, and so is never refused for the length of the queue.
 
         Raises:
             AttentionCacheFullError: too many wait, or it took too long.
@@ -132,27 +144,32 @@ class RoomQueue:
                 result = await attempt(False)
                 self._stays[resident] = _Stay(began)
                 return result
+        if self.waiting >= self._max_waiting and not is_return:
+            raise AttentionCacheFullError(f"{self.waiting} others wait for room already")
         return await self._admit_in_turn(resident, attempt, applicant)
 
     def settled(self, resident: Resident) -> None:
         """The caches hold the whole history: what that took is known now."""
         stay = self._stays[resident]
-        if stay.replay_seconds == 0.0:
+        if stay.replay_seconds is None:
             stay.replay_seconds = _now() - stay.since
 
     def is_recalled(self, resident: Resident) -> bool:
         """Whether a busy context shall give its caches back before its next step."""
-        return self._stays[resident].is_recalled
+        return self._stays[resident].is_recalled and self.waiting > 0
 
     def busy(self, resident: Resident) -> None:
         """The context is used from now on."""
         if stay := self._stays.get(resident):
             stay.idle_since = None
+            stay.is_recalled = False
 
     def idle(self, resident: Resident) -> None:
         """Nobody uses the context for now."""
         if stay := self._stays.get(resident):
             stay.idle_since = _now()
+            if stay.replay_seconds is None:  # it was cancelled on the way
+                stay.replay_seconds = stay.idle_since - stay.since
             self._changed.set()
 
     def leave(self, resident: Resident) -> None:
@@ -161,27 +178,25 @@ class RoomQueue:
 
     def freed(self) -> None:
         """There may be room now."""
+        self._is_freed = True
         self._changed.set()
 
     async def expire_idle(self) -> NoReturn:
         """Give back what nobody has used for ``idle_timeout``."""
         while True:
             await asyncio.sleep(min(EXPIRY_CHECK_SECONDS, self._idle_timeout))
-            expired = [
-                resident
-                for resident, stay in self._stays.items()
-                if stay.idle_since is not None and _now() - stay.idle_since >= self._idle_timeout
-            ]
-            for resident in expired:
-                stay = self._stays.get(resident)
-                if stay and stay.idle_since is not None:  # else it was used while others were evicted
-                    await resident.evict()
+            await self.evict_idle(self._idle_timeout)
+
+    async def evict_idle(self, after_seconds: float = IDLE_GRACE_SECONDS) -> None:
+        """Give back what nobody has used for so long."""
+        for resident in list(self._stays):
+            stay = self._stays.get(resident)  # it may be used again while others are evicted
+            if stay and stay.idle_since is not None and _now() - stay.idle_since >= after_seconds:
+                await resident.evict()
 
     async def _admit_in_turn(
         self, resident: Resident, attempt: Callable[[bool], Awaitable[Result]], applicant: Applicant
     ) -> Result | None:
-        if self.waiting >= self._max_waiting:
-            raise AttentionCacheFullError(f"{self.waiting} others wait for room already")
         waiter = _Waiter(applicant)
 
         def wake() -> None:
@@ -199,7 +214,7 @@ class RoomQueue:
                     try:
                         result = await attempt(True)
                     except AttentionCacheFullError:
-                        await self._make_room()
+                        await self._make_room(applicant)
                     else:
                         self._stays[resident] = _Stay(began)
                         return result
@@ -211,25 +226,26 @@ class RoomQueue:
             self._remove(resident.owner, waiter)
             self._advance()
 
-    async def _make_room(self) -> None:
-        """Take the caches of one context, or wait until that may be possible."""
-        now = _now()
-        self._changed.clear()
-        idle = {resident: stay for resident, stay in self._stays.items() if stay.idle_since is not None}
-        if idle:
-            resident, stay = min(idle.items(), key=lambda item: item[1].evictable_at())
-            if stay.evictable_at() <= now:
-                await resident.evict()
-                return
-        busy = [stay for stay in self._stays.values() if stay.idle_since is None]
-        if busy and not any(stay.is_recalled for stay in busy):
-            oldest = min(busy, key=_Stay.evictable_at)
-            oldest.is_recalled = oldest.evictable_at() <= now
-        next_at = min((stay.evictable_at() for stay in self._stays.values()), default=now)
-        pause = min(max(next_at - now, 0.01), LOOK_AGAIN_SECONDS) if next_at > now else LOOK_AGAIN_SECONDS
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(pause):
-                await self._changed.wait()
+    async def _make_room(self, applicant: Applicant) -> None:
+        """Take the caches of one context, or wait until there may be room in another way."""
+        self._is_freed = False
+        until = _now() + LOOK_AGAIN_SECONDS
+        while not self._is_freed and not applicant.cancelled and (now := _now()) < until:
+            self._changed.clear()
+            idle = {resident: stay for resident, stay in self._stays.items() if stay.idle_since is not None}
+            if idle:
+                resident, stay = min(idle.items(), key=lambda item: item[1].evictable_at())
+                if stay.evictable_at() <= now:
+                    await resident.evict()
+                    return
+            busy = [stay for stay in self._stays.values() if stay.idle_since is None]
+            if busy and not any(stay.is_recalled for stay in busy):
+                oldest = min(busy, key=_Stay.evictable_at)
+                oldest.is_recalled = oldest.evictable_at() <= now
+            times = [stay.evictable_at() for stay in self._stays.values() if not stay.is_recalled]
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.01, min([until, *times]) - now)):
+                    await self._changed.wait()
 
     def _advance(self) -> None:
         """Let the next waiter try, if none does, and tell the others their places."""

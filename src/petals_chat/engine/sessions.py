@@ -25,6 +25,10 @@ class ChunkConsumer(Applicant, Protocol):
     Once it is ``cancelled``, the generation ends after the step that is on its way.
     """
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether `take` is going to wait."""
+
     async def take(
         self,
         text: str,
@@ -91,6 +95,7 @@ class Session:
             except BaseException:
                 await self._context.drop_caches()
                 self._context.truncate(length_before)
+                self._detokenizer.start_after(self._context.tokens)
                 raise
             finally:
                 self._model.swarm.rooms.idle(self._context)
@@ -111,6 +116,10 @@ class Session:
         new_tokens: list[int] = []
         if request.inputs is not None:
             new_tokens = self._model.tokenizer.encode(request.inputs, at_start=not tokens)
+        if max(new_tokens, default=0) >= self._model.swarm.modules.embeddings.shape[0]:
+            raise InvalidParameterError(
+                "inputs", "it has a token that the tokenizer knows and the model has no embedding for"
+            )
         length = len(tokens) + len(new_tokens)
         if length == 0:
             raise InvalidParameterError("inputs", "a new session needs some text to begin with")
@@ -172,7 +181,10 @@ class Session:
                 finish_reason = self._finish_reason(request, token, generated, consumer)
             chunk_is_full = request.chunk_tokens is not None and in_chunk >= request.chunk_tokens
             if finish_reason or (chunk_is_full and not self._detokenizer.holds_tokens):
+                if consumer.is_slow:
+                    model.swarm.rooms.idle(self._context)  # others may have its caches for the time being
                 await consumer.take(text, in_chunk, finish_reason, usage, tuple(logprobs))
+                model.swarm.rooms.busy(self._context)
                 text, in_chunk, logprobs = "", 0, []
 
     async def _feed(

@@ -58,7 +58,8 @@ class ProcessEngine:
 
     def __init__(self, settings: Settings) -> None:
         self._models = {
-            model.key: _ServedModel(settings, model, index) for index, model in enumerate(settings.models)
+            model.key: _ServedModel(settings, model, index, self._make_room_for)
+            for index, model in enumerate(settings.models)
         }
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -72,6 +73,13 @@ class ProcessEngine:
     ) -> ProcessSession:
         """See `petals_chat.engine.interface.Engine.open_session`."""
         return await self._models[model_key].open_session(max_length, owner, is_stateless=is_stateless)
+
+    def _make_room_for(self, waiting: _Worker) -> None:
+        """Have the other workers in the same swarm give back what they do not use."""
+        for model in self._models.values():
+            for worker in model.workers:
+                if worker is not waiting and worker.shares_swarm_with(waiting):
+                    worker.give_back_caches()
 
     async def wait_until_settled(self) -> None:
         """Wait until every model is ready or is known not to be."""
@@ -114,17 +122,25 @@ class ProcessSession:
 class _ServedModel:
     """One model: its host, if its swarm is a private one of this machine, and its workers."""
 
-    def __init__(self, settings: Settings, model: ModelSettings, index: int) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        model: ModelSettings,
+        index: int,
+        on_waiting: Callable[[_Worker], None],
+    ) -> None:
         self._model = model
         peers = settings.swarm.initial_peers if model.initial_peers is None else model.initial_peers
         self._host = None if peers else _PrivateHost(settings, model, index)
-        self._workers = [_Worker(settings, model, peers, self._host) for _ in range(settings.engine.workers)]
+        self.workers = [
+            _Worker(settings, model, peers, self._host, on_waiting) for _ in range(settings.engine.workers)
+        ]
         self._worker_of_owner: OrderedDict[str, _Worker] = OrderedDict()
 
     @property
     def status(self) -> ModelStatus:
-        ready = [worker for worker in self._workers if worker.started]
-        error = next((worker.error for worker in self._workers if worker.error), None)
+        ready = [worker for worker in self.workers if worker.started]
+        error = next((worker.error for worker in self.workers if worker.error), None)
         if not ready:
             return ModelStatus(ModelState.UNAVAILABLE if error else ModelState.LOADING, error)
         started = ready[0].started
@@ -136,7 +152,7 @@ class _ServedModel:
         )
 
     async def wait_until_settled(self) -> None:
-        await asyncio.gather(*(worker.settled.wait() for worker in self._workers))
+        await asyncio.gather(*(worker.settled.wait() for worker in self.workers))
 
     async def open_session(self, max_length: int, owner: str, *, is_stateless: bool) -> ProcessSession:
         worker = self._choose_worker(owner if is_stateless else None)
@@ -151,11 +167,11 @@ class _ServedModel:
 
         None if no worker is ready.
         """
-        ready = [worker for worker in self._workers if worker.started]
+        ready = [worker for worker in self.workers if worker.started]
         if not ready:
             return None
         least = min(ready, key=lambda worker: worker.sessions)
-        if owner is None or len(self._workers) == 1:
+        if owner is None or len(self.workers) == 1:
             return least
         chosen = self._worker_of_owner.pop(owner, least)
         if chosen not in ready or chosen.sessions > 2 * least.sessions + PREFERENCE_SESSIONS:
@@ -172,18 +188,22 @@ class _ServedModel:
                 tasks.create_task(
                     _keep_running(f"host of {self._model.key}", self._host.run, self._note_error)
                 )
-            for worker in self._workers:
+            for worker in self.workers:
                 tasks.create_task(
                     _keep_running(f"worker of {self._model.key}", worker.run, worker.note_error)
                 )
 
     def _note_error(self, error: ErrorReport) -> None:
-        for worker in self._workers:
+        for worker in self.workers:
             worker.note_error(error)
 
 
 class _Worker:
-    """One of a model's worker processes, which can be started again and again."""
+    """One of a model's worker processes, which can be started again and again.
+
+    Args:
+        on_waiting: called with each report of sessions that wait for room in the swarm.
+    """
 
     def __init__(
         self,
@@ -191,7 +211,9 @@ class _Worker:
         model: ModelSettings,
         peers: Literal["public"] | tuple[str, ...],
         host: _PrivateHost | None,
+        on_waiting: Callable[[_Worker], None],
     ) -> None:
+        self._on_waiting = on_waiting
         self._settings = settings
         self._model = model
         self._peers = peers
@@ -267,8 +289,17 @@ class _Worker:
             attending.cancel()
             await asyncio.gather(attending, ended, return_exceptions=True)
 
+    def shares_swarm_with(self, other: _Worker) -> bool:
+        return self._host is other._host and self._peers == other._peers
+
+    def give_back_caches(self) -> None:
+        if self._connection:
+            self._connection.give_back_caches()
+
     def _receive_status(self, report: StatusReported) -> None:
         self.report = report
+        if report.waiting_generations:
+            self._on_waiting(self)
 
     async def _start_command(self) -> StartWorker:
         model, swarm, engine = self._model, self._settings.swarm, self._settings.engine

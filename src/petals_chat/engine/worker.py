@@ -39,6 +39,7 @@ from petals_chat.protocol.messages import (
     FinishReason,
     Generate,
     GenerationQueued,
+    GiveBackCaches,
     OpenSession,
     RequestFailed,
     SessionClosed,
@@ -74,6 +75,10 @@ class _Generation:
 
     async def run(self) -> None:
         await self.session.generate(self._command.request, self)
+
+    @property
+    def is_slow(self) -> bool:
+        return self._window.locked()
 
     async def take(
         self,
@@ -162,7 +167,7 @@ class Worker:
                 )
                 self._send(SessionOpened(command.request_id))
             case Generate():
-                self._start(command.request_id, self._generate(command))
+                self._start_generation(command)
             case AcknowledgeChunks():
                 if generation := self._generations.get(command.request_id):
                     generation.acknowledge(command.count)
@@ -171,6 +176,8 @@ class Worker:
                     generation.cancel()
             case CloseSession():
                 self._start(command.request_id, self._close(command))
+            case GiveBackCaches():
+                self._start(0, self._model.swarm.rooms.evict_idle())
             case StartWorker():
                 raise AssertionError("the worker is started already")
 
@@ -190,16 +197,22 @@ class Worker:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _generate(self, command: Generate) -> None:
+    def _start_generation(self, command: Generate) -> None:
         session = self._sessions.get(command.session_id)
         if session is None:
-            raise SessionExpiredError(command.session_id)
+            self._send(RequestFailed(command.request_id, SessionExpiredError(command.session_id).report()))
+            return
         generation = _Generation(command, session, self._send)
-        self._generations[command.request_id] = generation
+        self._generations[command.request_id] = (
+            generation  # before its task begins: the next command may cancel it
+        )
+        self._start(command.request_id, self._generate(command.request_id, generation))
+
+    async def _generate(self, request_id: int, generation: _Generation) -> None:
         try:
             await generation.run()
         finally:
-            del self._generations[command.request_id]
+            del self._generations[request_id]
 
     async def _close(self, command: CloseSession) -> None:
         if session := self._sessions.pop(command.session_id, None):

@@ -162,7 +162,11 @@ class CloseSession(msgspec.Struct, frozen=True, tag="close_session"):
     session_id: str
 
 
-Command = StartWorker | OpenSession | Generate | AcknowledgeChunks | Cancel | CloseSession
+class GiveBackCaches(msgspec.Struct, frozen=True, tag="give_back_caches"):
+    """Other workers wait for room in the same swarm: give back attention caches that nobody uses. Has no answer."""
+
+
+Command = StartWorker | OpenSession | Generate | AcknowledgeChunks | Cancel | CloseSession | GiveBackCaches
 
 
 class SwarmPeer(msgspec.Struct, frozen=True):

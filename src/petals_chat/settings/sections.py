@@ -133,7 +133,7 @@ class SwarmSettings(Section):
     """How often the list of servers is refreshed."""
     prefill_chunk_tokens: Annotated[int, Field(ge=1)] = 512
     """Longest piece of a prompt sent as one step. Between two pieces others have their turn."""
-    cache_idle_timeout_seconds: Seconds = 120
+    cache_idle_timeout_seconds: Seconds = 60
     """Attention caches that are not used for this time are given back; the session stays, and fills them again
     when it goes on."""
     host_address: str = "127.0.0.1"

@@ -255,6 +255,9 @@ class _ServerSession:
                     await stream.receive()
         except Exception:  # the server has closed the stream, or is not there any more
             stream.close()
+        except BaseException:
+            stream.close()
+            raise
 
     def _has_begun(self) -> bool:
         return self._stream is not None

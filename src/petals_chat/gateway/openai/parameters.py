@@ -57,6 +57,9 @@ class Message(msgspec.Struct, frozen=True):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
+_TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+
+
 class StreamOptions(msgspec.Struct, frozen=True):
     """What a stream has beyond the text."""
 
@@ -87,7 +90,7 @@ class CommonParameters(msgspec.Struct, frozen=True, kw_only=True):
     presence_penalty: _Penalty | None = None
     """Over 0 makes tokens less likely that the answer has."""
     logit_bias: (
-        Annotated[dict[int, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_LOGIT_BIASES)]
+        Annotated[dict[_TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_LOGIT_BIASES)]
         | None
     ) = None
     """Added to the logits of these token ids: -100 forbids a token, 100 demands it."""
@@ -184,7 +187,7 @@ class ChatParameters(CommonParameters, frozen=True, kw_only=True):
 class CompletionParameters(CommonParameters, frozen=True, kw_only=True):
     """The body of ``POST /v1/completions``."""
 
-    prompt: str | tuple[str | int | tuple[int, ...], ...]
+    prompt: str | tuple[str | _TokenId | tuple[_TokenId, ...], ...]
     """The text that is continued, as a text or as token ids; or several such texts."""
     logprobs: _Logprobs | None = None
     """Tell the log probabilities of the answer's tokens, and of so many of the likeliest tokens in each place."""
