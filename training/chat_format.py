@@ -36,6 +36,8 @@ class Example:
     token_ids: list[int]
     is_said: list[bool]
     """One for each token: whether it belongs to an answer, or ends one."""
+    answers: list[tuple[int, str]]
+    """Each answer, with the position of the token after which it begins."""
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -69,12 +71,15 @@ def encode(dialogue: Dialogue, tokenizer: PreTrainedTokenizerFast) -> Example:
     """The dialogue as an example of at most `CONTEXT_TOKENS` tokens; what is beyond is cut off."""
     token_ids: list[int] = []
     is_said: list[bool] = []
+    answers: list[tuple[int, str]] = []
     pieces = _pieces(dialogue)
     encodings = tokenizer.backend_tokenizer.encode_batch_fast([text for text, _ in pieces])
-    for encoding, (_, said) in zip(encodings, pieces, strict=True):
+    for encoding, (text, said) in zip(encodings, pieces, strict=True):
+        if said and len(token_ids) <= CONTEXT_TOKENS:
+            answers.append((len(token_ids) - 1, text))
         token_ids += encoding.ids
         is_said += [said] * len(encoding.ids)
-    return Example(token_ids[:CONTEXT_TOKENS], is_said[:CONTEXT_TOKENS])
+    return Example(token_ids[:CONTEXT_TOKENS], is_said[:CONTEXT_TOKENS], answers)
 
 
 def _pieces(dialogue: Dialogue) -> list[tuple[str, bool]]:
