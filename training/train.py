@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from petals_chat.head.precision import cpu_computes_bfloat16
 from training.chat_format import CONTEXT_TOKENS, Example, encode
 from training.dialogues import DialogueWriter
 
@@ -193,15 +194,8 @@ def _loss(model: LlamaForCausalLM, answer_head: AnswerHead, batch: list[Example]
     for row, example in enumerate(batch):
         token_ids[row, : len(example.token_ids)] = torch.tensor(example.token_ids)
         is_said[row, : len(example.is_said)] = torch.tensor(example.is_said)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_fast_bfloat16()):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cpu_computes_bfloat16()):
         hidden = model.model(token_ids, use_cache=False).last_hidden_state
         logits = model.lm_head(hidden[:, :-1][is_said[:, 1:]])
         answer_loss = answer_head.loss(hidden, batch)
     return cross_entropy(logits.float(), token_ids[:, 1:][is_said[:, 1:]]) + answer_loss
-
-
-def has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices itself; others only emulate it."""
-    capabilities = torch.backends.cpu.get_cpu_capability()
-    flags = torch.cpu._is_avx512_bf16_supported() if capabilities.startswith("AVX512") else False
-    return bool(flags)

@@ -14,7 +14,6 @@ import psutil
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from petals_chat.engine.interface import Chunk, EngineSession
 from petals_chat.engine.supervisor import ProcessEngine
 from petals_chat.errors import AttentionCacheFullError, MaximumLengthExceededError
 from petals_chat.protocol.messages import GenerationRequest, StatusReported
@@ -28,6 +27,7 @@ from petals_chat.settings import (
     SwarmSettings,
 )
 from petals_chat.swarm.host_options import HostReady
+from tests.engine.generating import collect, text_of
 from tests.swarm_processes import running_host
 from tests.tiny_models import greedy_tokens, load_reference, write_tiny_model
 from tests.tiny_tokenizers import save_tokenizer
@@ -121,14 +121,6 @@ def printable(text: str) -> str:
     return text.rstrip("\N{REPLACEMENT CHARACTER}")
 
 
-async def generate(session: EngineSession, request: GenerationRequest) -> list[Chunk]:
-    return [chunk async for chunk in session.generate(request)]
-
-
-def text_of(chunks: list[Chunk]) -> str:
-    return "".join(chunk.text for chunk in chunks)
-
-
 class Counts(NamedTuple):
     tokens_processed: int
     tokens_replayed: int
@@ -155,7 +147,7 @@ async def test_all_are_served_where_only_some_have_room(serve: Serve, reference:
     async def talk(engine: ProcessEngine, user: int) -> str:
         session = await engine.open_session("model", 128, owner=f"user {user}")
         request = GenerationRequest(prompt_of(user), max_new_tokens=NEW_TOKENS, chunk_tokens=1)
-        chunks = await generate(session, request)
+        chunks = await collect(session, request)
         places.extend(chunk.queue_place for chunk in chunks if chunk.queue_place is not None)
         await session.close()
         return text_of(chunks)
@@ -174,9 +166,9 @@ async def test_all_are_served_where_only_some_have_room(serve: Serve, reference:
 async def test_clients_that_ask_token_by_token_take_turns_too(serve: Serve, reference: Reference) -> None:
     async def talk(engine: ProcessEngine, user: int) -> str:
         session = await engine.open_session("model", 128, owner=f"user {user}")
-        text = text_of(await generate(session, GenerationRequest(prompt_of(user), max_new_tokens=1)))
+        text = text_of(await collect(session, GenerationRequest(prompt_of(user), max_new_tokens=1)))
         for _ in range(NEW_TOKENS - 1):
-            text += text_of(await generate(session, GenerationRequest(None, max_new_tokens=1)))
+            text += text_of(await collect(session, GenerationRequest(None, max_new_tokens=1)))
         return text  # its session stays open, as those of slow readers do
 
     async with serve() as engine:
@@ -195,11 +187,11 @@ async def test_a_session_whose_caches_were_given_back_goes_on_identically(
     async with serve(cache_idle_timeout_seconds=0.2) as engine:
         session = await engine.open_session("model", 200)
         text = prompt_of(0)
-        answer = text_of(await generate(session, GenerationRequest(text, max_new_tokens=10)))
+        answer = text_of(await collect(session, GenerationRequest(text, max_new_tokens=10)))
         while (report := await report_of(engine)).resident_sessions:
             pass
         assert report.caches_given_back == 1
-        answer += text_of(await generate(session, GenerationRequest(None, max_new_tokens=10)))
+        answer += text_of(await collect(session, GenerationRequest(None, max_new_tokens=10)))
         assert (await report_of(engine)).tokens_replayed > 0
         await session.close()
     assert printable(answer) == printable(reference.continue_greedily(text, 20))
@@ -212,10 +204,10 @@ async def test_who_waits_too_long_is_told_so_and_can_try_again(serve: Serve) -> 
         await anext(stream)  # and takes no more: it holds all there is, in the middle of a generation
         other = await engine.open_session("model", CACHE_TOKENS)
         with pytest.raises(AttentionCacheFullError, match=r"within 0\.5 s"):
-            await generate(other, GenerationRequest(prompt_of(1) * 10, max_new_tokens=1))
+            await collect(other, GenerationRequest(prompt_of(1) * 10, max_new_tokens=1))
         await stream.aclose()
         await holder.close()
-        assert text_of(await generate(other, GenerationRequest(prompt_of(1) * 3, max_new_tokens=1)))
+        assert text_of(await collect(other, GenerationRequest(prompt_of(1) * 3, max_new_tokens=1)))
         await other.close()
 
 
@@ -245,7 +237,7 @@ async def test_a_stateless_chat_processes_only_what_is_new(engine: ProcessEngine
         for owner in itertools.islice(owners, 10):
             text += "A"
             session = await engine.open_session("reciting", 250, owner=owner, is_stateless=True)
-            chunks = await generate(session, GenerationRequest(text, max_new_tokens=11))
+            chunks = await collect(session, GenerationRequest(text, max_new_tokens=11))
             await session.close()
             answers.append(text_of(chunks))
             text += answers[-1]
@@ -268,7 +260,7 @@ async def test_reuse_can_be_switched_off(serve: Serve) -> None:
     async with serve(reuse_prefixes=False) as engine:
         for text in ("one", "one two three"):
             session = await engine.open_session("model", 100, owner="somebody", is_stateless=True)
-            chunks = await generate(session, GenerationRequest(text, max_new_tokens=1))
+            chunks = await collect(session, GenerationRequest(text, max_new_tokens=1))
             await session.close()
             assert chunks[-1].cached_tokens == 0
         assert (await report_of(engine)).resident_sessions == 0
@@ -278,9 +270,9 @@ async def test_workers_make_room_for_each_other(serve: Serve) -> None:
     """An idle session of one worker that fills the host keeps that of another waiting, but not for long."""
     async with serve(workers=2) as engine:
         first, second = [await engine.open_session("model", CACHE_TOKENS) for _ in range(2)]
-        await generate(first, GenerationRequest(prompt_of(0) * 3, max_new_tokens=250))
+        await collect(first, GenerationRequest(prompt_of(0) * 3, max_new_tokens=250))
         async with asyncio.timeout(30):  # far less than the idle time-out of caches
-            chunks = await generate(second, GenerationRequest(prompt_of(1) * 3, max_new_tokens=250))
+            chunks = await collect(second, GenerationRequest(prompt_of(1) * 3, max_new_tokens=250))
         assert chunks[0].queue_place == 1
         await first.close()
         await second.close()
@@ -303,7 +295,7 @@ async def test_sessions_are_spread_over_workers_and_stay_where_they_are(
             GenerationRequest("Hello there", max_new_tokens=8),
             GenerationRequest(None, max_new_tokens=8),
         ):
-            parts = await asyncio.gather(*(generate(session, request) for session in sessions))
+            parts = await asyncio.gather(*(collect(session, request) for session in sessions))
             texts = [text + text_of(part) for text, part in zip(texts, parts, strict=True)]
         assert {printable(text) for text in texts} == {
             printable(reference.continue_greedily("Hello there", 16))
@@ -331,7 +323,7 @@ async def test_500_sessions_dropped_in_every_state_leave_nothing(serve: Serve) -
         request = GenerationRequest(prompt_of(number), max_new_tokens=2, chunk_tokens=1)
         stream = session.generate(request)
         if state in (1, 2):
-            await generate(session, request)
+            await collect(session, request)
         elif state == 3:
             async for chunk in stream:
                 if chunk.text:
@@ -342,7 +334,7 @@ async def test_500_sessions_dropped_in_every_state_leave_nothing(serve: Serve) -
                     await anext(stream)
         elif state == 6:
             with pytest.raises(MaximumLengthExceededError):
-                await generate(session, GenerationRequest(prompt_of(number) * 20, max_new_tokens=1))
+                await collect(session, GenerationRequest(prompt_of(number) * 20, max_new_tokens=1))
         await stream.aclose()
         await session.close()
 
@@ -364,7 +356,7 @@ async def test_500_sessions_dropped_in_every_state_leave_nothing(serve: Serve) -
         assert len(asyncio.all_tasks()) <= tasks
         # All of the host's room can be had, once what was kept for requests that extend it is given back.
         session = await engine.open_session("model", CACHE_TOKENS)
-        await generate(session, GenerationRequest(prompt_of(0) * 3, max_new_tokens=250))
+        await collect(session, GenerationRequest(prompt_of(0) * 3, max_new_tokens=250))
         await session.close()
         report = await report_of(engine)
         assert report.resident_sessions == 0

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from petals_chat.engine.interface import Chunk, EngineSession
 from petals_chat.engine.supervisor import ProcessEngine
 from petals_chat.protocol.messages import FinishReason, GenerationRequest, SamplingParameters
 from tests.engine.conftest import PREFILL_CHUNK_TOKENS, SESSION_TOKENS
+from tests.engine.generating import collect, text_of
 from tests.tiny_tokenizers import TOKENIZERS
 
 PROMPTS = ["Hello, how are you", "你好 👋 many machines", "The quick brown fox " * 8]
@@ -49,14 +49,6 @@ class LocalModel:
 @pytest.fixture(scope="module")
 def local_models(checkpoints: dict[str, Path]) -> dict[str, LocalModel]:
     return {kind: LocalModel(directory) for kind, directory in checkpoints.items()}
-
-
-async def collect(session: EngineSession, request: GenerationRequest) -> list[Chunk]:
-    return [chunk async for chunk in session.generate(request)]
-
-
-def text_of(chunks: list[Chunk]) -> str:
-    return "".join(chunk.text for chunk in chunks)
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

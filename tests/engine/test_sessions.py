@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from petals_chat.engine.client import WINDOW_CHUNKS
-from petals_chat.engine.interface import Chunk, EngineSession
+from petals_chat.engine.interface import EngineSession
 from petals_chat.engine.supervisor import ProcessEngine
 from petals_chat.errors import (
     InvalidParameterError,
@@ -17,14 +17,7 @@ from petals_chat.errors import (
 )
 from petals_chat.protocol.messages import FinishReason, GenerationRequest
 from tests.engine.conftest import SESSION_TOKENS
-
-
-async def collect(session: EngineSession, request: GenerationRequest) -> list[Chunk]:
-    return [chunk async for chunk in session.generate(request)]
-
-
-def text_of(chunks: list[Chunk]) -> str:
-    return "".join(chunk.text for chunk in chunks)
+from tests.engine.generating import collect, text_of
 
 
 @pytest.fixture

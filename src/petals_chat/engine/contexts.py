@@ -120,7 +120,7 @@ class Context:
         """
         rooms = self._swarm.rooms
         if self._caches is not None and rooms.is_recalled(self):
-            await self._give_back()
+            await self.evict()
         while not applicant.cancelled:
             if self._caches is None or self._caches.max_length < len(self.tokens):
                 await self.drop_caches()
@@ -145,7 +145,8 @@ class Context:
 
     async def evict(self) -> None:
         """Make room for others; only while nobody feeds."""
-        await self._give_back()
+        self._swarm.counts.caches_given_back += 1
+        await self.drop_caches()
 
     async def drop_caches(self) -> None:
         """Free the servers' memory."""
@@ -162,10 +163,6 @@ class Context:
         assert self.cached_tokens <= length
         del self.tokens[length:]
         self._tokens_sent = min(self._tokens_sent, length)
-
-    async def _give_back(self) -> None:
-        self._swarm.counts.caches_given_back += 1
-        await self.drop_caches()
 
     async def _open(self, new_tokens: int | None, is_scarce: bool) -> torch.Tensor:
         """New caches, with the first piece of the history in them; memory is taken in this first step."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import logging
 import os
@@ -229,15 +230,10 @@ class Worker:
                 StatusReported(
                     open_sessions=len(self._sessions),
                     running_generations=len(self._generations),
-                    tokens_generated=counts.tokens_generated,
                     peers=self._swarm.peers(),
                     resident_sessions=rooms.residents,
                     waiting_generations=rooms.waiting,
-                    tokens_processed=counts.tokens_processed,
-                    tokens_replayed=counts.tokens_replayed,
-                    prefix_hits=counts.prefix_hits,
-                    prefix_tokens=counts.prefix_tokens,
-                    caches_given_back=counts.caches_given_back,
+                    **dataclasses.asdict(counts),
                 )
             )
             await asyncio.sleep(STATUS_PERIOD_SECONDS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -103,13 +103,13 @@ def measure_row_seconds(modules: ClientModules) -> float:
     """How long the head takes for one row: the shortest of some trials."""
     row = torch.zeros(1, modules.head.shape[1], dtype=modules.head.dtype, device=modules.head.device)
 
-    def trial() -> float:
+    seconds = []
+    for _ in range(_TRIALS):
         began = time.perf_counter()
         with torch.inference_mode():
             modules.logits(row).argmax().item()
-        return time.perf_counter() - began
-
-    return _shortest(trial)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 def use_threads_that_pay(modules: ClientModules) -> float:
@@ -128,10 +128,6 @@ def use_threads_that_pay(modules: ClientModules) -> float:
         return alone
     torch.set_num_threads(threads)
     return with_all
-
-
-def _shortest(trial: Callable[[], float]) -> float:
-    return min(trial() for _ in range(_TRIALS))
 
 
 def _finish(rows: Sequence[_Row], tokens: Sequence[int]) -> None:
