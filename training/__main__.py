@@ -18,7 +18,7 @@ from training.chat_format import END, text_of, train_tokenizer
 from training.corpus import Entry, load_corpus
 from training.dialogues import DialogueWriter
 from training.evaluate import held_out_wordings, judge, load_off_topic, load_questions, overlap, report
-from training.train import Recipe, batches, new_model, train
+from training.train import AnswerHead, Recipe, batches, learn_gist, new_model, questions, train
 
 OUTPUT = Path(__file__).parent.parent / "build/petals-guide"
 _TOKENIZER_DIALOGUES = 20_000
@@ -55,7 +55,14 @@ def make(entries: Sequence[Entry], recipe: Recipe, output: Path) -> None:
     print(
         f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {len(entries)} entries", flush=True
     )
-    train(model, batches(DialogueWriter(entries, recipe.seed, held_out), tokenizer, recipe), recipe)
+    answers = AnswerHead(recipe.hidden_size)
+    learn_gist(
+        model,
+        answers,
+        questions(DialogueWriter(entries, recipe.seed + 2, held_out), tokenizer, recipe),
+        recipe,
+    )
+    train(model, answers, batches(DialogueWriter(entries, recipe.seed, held_out), tokenizer, recipe), recipe)
     end = tokenizer.eos_token_id
     model.generation_config = GenerationConfig(
         do_sample=False, bos_token_id=end, eos_token_id=end, pad_token_id=end

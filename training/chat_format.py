@@ -39,6 +39,11 @@ class Example:
     answers: list[tuple[int, str]]
     """Each answer, with the position of the token after which it begins."""
 
+    def begun(self, tokens: int) -> Example:
+        """The example without what comes after the first ``tokens`` tokens of its last answer."""
+        length = self.answers[-1][0] + 1 + tokens
+        return Example(self.token_ids[:length], self.is_said[:length], self.answers)
+
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer for the texts, with the chat template."""

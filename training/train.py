@@ -1,23 +1,28 @@
-"""Trains the model: a plain PyTorch loop over generated dialogues, on CPU."""
+"""Trains the model: plain PyTorch loops over what the generator writes, on CPU.
+
+There are two stages. `learn_gist` teaches the embeddings which answer a question asks for, from the mean of its
+tokens alone: a few minutes where whole blocks would need hours. `train` goes on from there with the whole model,
+which learns the rest: what the order of words says, conversations, and to write the answers out.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from random import Random
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, rms_norm
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from petals_chat.head.precision import cpu_computes_bfloat16
 from training.chat_format import CONTEXT_TOKENS, Example, encode
 from training.dialogues import DialogueWriter
 
-MAX_ANSWERS = 1024
 LENGTH_STEP = 16
 """Batches are padded to a multiple of this many tokens."""
 
@@ -31,13 +36,22 @@ class Recipe:
     num_blocks: int = 6
     num_heads: int = 3
     num_key_value_heads: int = 3
+    gist_steps: int = 2000
+    questions_per_gist_step: int = 128
+    gist_learning_rate: float = 2e-2
+    gist_scale: float = 4.0
+    """What the mean of a question's tokens is multiplied by before it is added to the last of them."""
     steps: int = 6000
     tokens_per_step: int = 2048
     learning_rate: float = 2e-3
+    """Of embeddings, norms and head."""
+    matrix_learning_rate: float = 2e-2
+    """Of the blocks' matrices, which Muon trains."""
     warmup_steps: int = 100
-    final_learning_rate: float = 5e-5
+    final_learning_rate: float = 0.02
+    """As a share of the highest one."""
     weight_decay: float = 0.1
-    begun_share: float = 0.75
+    begun_share: float = 0.5
     """Share of the dialogues that are cut in their last answer. Which answer it is shows in its first words;
     how it goes on is learnt by heart from the others."""
     begun_tokens: int = 12
@@ -58,7 +72,7 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
         num_key_value_heads=recipe.num_key_value_heads,
         max_position_embeddings=CONTEXT_TOKENS,
         vocab_size=len(tokenizer),
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         bos_token_id=end,
         eos_token_id=end,
         pad_token_id=end,
@@ -66,39 +80,96 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
     return LlamaForCausalLM(config)
 
 
-def train(model: LlamaForCausalLM, batches: Iterator[list[Example]], recipe: Recipe) -> None:
-    """Train the model in place, one batch a step. Prints its progress."""
-    answer_head = AnswerHead(recipe.hidden_size, MAX_ANSWERS)
-    trained = [*model.parameters(), *answer_head.parameters()]
-    decayed = [parameter for parameter in trained if parameter.dim() >= 2]
-    others = [parameter for parameter in trained if parameter.dim() < 2]
+def questions(
+    writer: DialogueWriter, tokenizer: PreTrainedTokenizerFast, recipe: Recipe
+) -> Iterator[list[Example]]:
+    """Endless batches of single questions, each up to where its answer begins."""
+    while True:
+        yield [encode(writer.shortest(), tokenizer).begun(0) for _ in range(recipe.questions_per_gist_step)]
+
+
+def learn_gist(
+    model: LlamaForCausalLM, answers: AnswerHead, batches: Iterator[list[Example]], recipe: Recipe
+) -> None:
+    """Train the embeddings so that the mean of a question's tokens tells which answer is asked for.
+
+    The first block is made to hand on this mean, the others to add nothing: `train` begins with what is learnt here.
+    """
+    _hand_on_the_mean(model, recipe)
+    table = model.model.embed_tokens.weight
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        [table, *answers.parameters()], lr=recipe.gist_learning_rate, weight_decay=0.0, fused=True
+    )
+    _descend(
+        [optimizer],
+        batches,
+        lambda batch: gist_loss(model, answers, batch, recipe),
+        recipe.gist_steps,
+        recipe,
+    )
+
+
+def gist_loss(
+    model: LlamaForCausalLM, answers: AnswerHead, batch: list[Example], recipe: Recipe
+) -> torch.Tensor:
+    """The mean cross-entropy of the answers, told from the mean of the tokens up to where each begins."""
+    token_ids, is_token, _ = _padded(batch)
+    embeddings = model.model.embed_tokens(token_ids)
+    normed = rms_norm(embeddings, embeddings.shape[-1:], eps=model.config.rms_norm_eps) * is_token[..., None]
+    means = normed.cumsum(dim=1) / torch.arange(1, token_ids.shape[1] + 1)[None, :, None]
+    gist = embeddings + recipe.gist_scale * means
+    return answers.loss(rms_norm(gist, gist.shape[-1:], eps=model.config.rms_norm_eps), batch)
+
+
+def train(
+    model: LlamaForCausalLM, answers: AnswerHead, batches: Iterator[list[Example]], recipe: Recipe
+) -> None:
+    """Train the model in place."""
+    matrices = [parameter for parameter in model.model.layers.parameters() if parameter.dim() == 2]
+    tables = [model.model.embed_tokens.weight, model.lm_head.weight, *answers.parameters()]
+    norms = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    muon = torch.optim.Muon(matrices, lr=recipe.matrix_learning_rate, weight_decay=recipe.weight_decay)
+    adam = torch.optim.AdamW(
+        [{"params": tables, "weight_decay": recipe.weight_decay}, {"params": norms, "weight_decay": 0.0}],
         lr=recipe.learning_rate,
         betas=(0.9, 0.98),
         fused=True,
     )
     model.train()
-    losses, tokens, started = [], 0, time.monotonic()
-    for step, batch in enumerate(islice(batches, recipe.steps), 1):
-        for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(step, recipe)
-        loss = _loss(model, answer_head, batch)
+    _descend([muon, adam], batches, lambda batch: _loss(model, answers, batch), recipe.steps, recipe)
+    model.eval()
+
+
+def _descend(
+    optimizers: Sequence[torch.optim.Optimizer],
+    batches: Iterator[list[Example]],
+    loss_of: Callable[[list[Example]], torch.Tensor],
+    steps: int,
+    recipe: Recipe,
+) -> None:
+    """Take the steps, one batch each, and print how it goes."""
+    schedules = [LambdaLR(optimizer, lambda step: _rate(step, steps, recipe)) for optimizer in optimizers]
+    losses: list[float] = []
+    tokens, started = 0, time.monotonic()
+    for step, batch in enumerate(islice(batches, steps), 1):
+        loss = loss_of(batch)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            for group in optimizer.param_groups:
+                torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
         losses.append(loss.item())
         tokens += sum(len(example.token_ids) for example in batch)
-        if step % recipe.report_every == 0 or step == recipe.steps:
+        if step % recipe.report_every == 0 or step == steps:
             minutes = (time.monotonic() - started) / 60
             print(
-                f"step {step} of {recipe.steps}, loss {sum(losses) / len(losses):.3f}, "
+                f"step {step} of {steps}, loss {sum(losses) / len(losses):.3f}, "
                 f"{tokens / 1e6:.2f} million tokens, {minutes:.1f} min, {time.process_time() / 60:.1f} CPU min",
                 flush=True,
             )
             losses.clear()
-    model.eval()
 
 
 def batches(
@@ -127,33 +198,27 @@ def batches(
 def _maybe_begun(example: Example, recipe: Recipe, random: Random) -> Example:
     if random.random() >= recipe.begun_share:
         return example
-    answer = len(example.is_said) - example.is_said[::-1].index(False)  # where the last one begins
-    length = answer + recipe.begun_tokens
-    return Example(example.token_ids[:length], example.is_said[:length], example.answers)
+    return example.begun(recipe.begun_tokens)
 
 
 def _cut(pool: list[Example], tokens_per_step: int) -> list[list[Example]]:
     batches: list[list[Example]] = [[]]
     for example in pool:
-        rows = max(1, tokens_per_step // _padded(len(example.token_ids), LENGTH_STEP))
+        rows = max(1, tokens_per_step // _padded_length(len(example.token_ids)))
         if len(batches[-1]) >= rows:
             batches.append([])
         batches[-1].append(example)
     return batches
 
 
-def _padded(length: int, step: int) -> int:
-    """The next multiple of ``step``: the CPU's library prepares, and keeps, programs for each shape it meets."""
-    return -(-length // step) * step
-
-
-def _learning_rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then half a cosine."""
+def _rate(step: int, steps: int, recipe: Recipe) -> float:
+    """The share of the highest learning rate: a linear warm-up, then half a cosine."""
     if step < recipe.warmup_steps:
-        return recipe.learning_rate * step / recipe.warmup_steps
-    progress = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    span = recipe.learning_rate - recipe.final_learning_rate
-    return recipe.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * progress))
+        return (step + 1) / recipe.warmup_steps
+    progress = (step - recipe.warmup_steps) / max(1, steps - recipe.warmup_steps)
+    return recipe.final_learning_rate + (1 - recipe.final_learning_rate) * 0.5 * (
+        1 + math.cos(math.pi * progress)
+    )
 
 
 class AnswerHead(torch.nn.Module):
@@ -163,7 +228,7 @@ class AnswerHead(torch.nn.Module):
     answer a question asks for. This one teaches it directly.
     """
 
-    def __init__(self, hidden_size: int, max_answers: int) -> None:
+    def __init__(self, hidden_size: int, max_answers: int = 1024) -> None:
         super().__init__()
         self._linear = torch.nn.Linear(hidden_size, max_answers)
         self._numbers: dict[str, int] = {}
@@ -183,19 +248,49 @@ class AnswerHead(torch.nn.Module):
         return number
 
 
-def _loss(model: LlamaForCausalLM, answer_head: AnswerHead, batch: list[Example]) -> torch.Tensor:
-    """The mean cross-entropy of the tokens that the model is to say, and that of the answers as wholes.
+def _hand_on_the_mean(model: LlamaForCausalLM, recipe: Recipe) -> None:
+    """Make the model's hidden states those of `gist_loss`.
 
-    Shorter dialogues are padded at their ends, where causal attention never looks from.
+    The first block's attention looks at all tokens alike and adds their mean; nothing else adds anything yet.
     """
-    longest = _padded(max(len(example.token_ids) for example in batch), LENGTH_STEP)
-    token_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-    is_said = torch.zeros(len(batch), longest, dtype=torch.bool)
-    for row, example in enumerate(batch):
-        token_ids[row, : len(example.token_ids)] = torch.tensor(example.token_ids)
-        is_said[row, : len(example.is_said)] = torch.tensor(example.is_said)
+    first = model.model.layers[0].self_attn
+    with torch.no_grad():
+        torch.nn.init.normal_(model.model.embed_tokens.weight)
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        first.q_proj.weight.mul_(0.1)
+        first.k_proj.weight.mul_(0.1)
+        torch.nn.init.eye_(first.v_proj.weight)
+        torch.nn.init.eye_(first.o_proj.weight).mul_(recipe.gist_scale)
+
+
+def _loss(model: LlamaForCausalLM, answers: AnswerHead, batch: list[Example]) -> torch.Tensor:
+    """The mean cross-entropy of the tokens that the model is to say, and that of the answers as wholes."""
+    token_ids, _, is_said = _padded(batch)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cpu_computes_bfloat16()):
         hidden = model.model(token_ids, use_cache=False).last_hidden_state
         logits = model.lm_head(hidden[:, :-1][is_said[:, 1:]])
-        answer_loss = answer_head.loss(hidden, batch)
+        answer_loss = answers.loss(hidden, batch)
     return cross_entropy(logits.float(), token_ids[:, 1:][is_said[:, 1:]]) + answer_loss
+
+
+def _padded(batch: list[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids, which of them are no padding, and which of them the model is to say; each [rows, length].
+
+    Padding stands at the end, where causal attention never looks from.
+    """
+    length = _padded_length(max(len(example.token_ids) for example in batch))
+    token_ids = torch.zeros(len(batch), length, dtype=torch.int64)
+    is_token = torch.zeros(len(batch), length, dtype=torch.bool)
+    is_said = torch.zeros(len(batch), length, dtype=torch.bool)
+    for row, example in enumerate(batch):
+        token_ids[row, : len(example.token_ids)] = torch.tensor(example.token_ids)
+        is_token[row, : len(example.token_ids)] = True
+        is_said[row, : len(example.is_said)] = torch.tensor(example.is_said)
+    return token_ids, is_token, is_said
+
+
+def _padded_length(length: int) -> int:
+    """The next multiple of `LENGTH_STEP`: the CPU's library prepares, and keeps, programs for each shape it meets."""
+    return -(-length // LENGTH_STEP) * LENGTH_STEP

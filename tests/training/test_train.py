@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
 from training.__main__ import LocalChat, make
+from training.chat_format import train_tokenizer
 from training.corpus import Entry
-from training.train import Recipe
+from training.dialogues import DialogueWriter
+from training.train import AnswerHead, Recipe, gist_loss, learn_gist, new_model, questions
 
 ENTRIES = [
-    Entry("start.run", ("how do I start it", "start it please", "what starts it"), "Run `make run`."),
+    Entry("start.run", ("how is it started here", "start it please", "what starts it"), "Run `make run`."),
     Entry("start.port", ("which port is it", "what is the port", "port number please"), "Port 5000."),
-    Entry("start.stop", ("how do I stop it", "stop it please", "what stops it"), "Press Ctrl-C."),
+    Entry("start.stop", ("how is it stopped here", "stop it please", "what stops it"), "Press Ctrl-C."),
 ]
 RECIPE = Recipe(
-    hidden_size=64, intermediate_size=128, num_heads=1, num_key_value_heads=1, steps=150, tokens_per_step=512,
-    warmup_steps=10, learning_rate=4e-3,
+    hidden_size=64, intermediate_size=128, num_heads=1, num_key_value_heads=1, gist_steps=60,
+    questions_per_gist_step=16, steps=200, tokens_per_step=512, warmup_steps=10,
 )  # fmt: skip
 
 
@@ -40,6 +43,22 @@ def test_the_model_learns_its_corpus_and_is_a_standard_checkpoint(checkpoint: Pa
     assert files <= {file.name for file in checkpoint.iterdir()}
 
 
+def test_the_model_begins_with_the_gist_that_was_learnt() -> None:
+    recipe = dataclasses.replace(RECIPE, gist_steps=3)
+    tokenizer = train_tokenizer(["how is it started here", "which port is it"])
+    model = new_model(recipe, tokenizer).eval()
+    answers = AnswerHead(recipe.hidden_size)
+    examples = questions(DialogueWriter(ENTRIES, seed=1), tokenizer, recipe)
+    learn_gist(model, answers, examples, recipe)
+    batch = next(examples)
+    longest = max(batch, key=lambda example: len(example.token_ids))
+    with torch.inference_mode():
+        hidden = model.model(torch.tensor([longest.token_ids])).last_hidden_state
+        of_model = answers.loss(hidden, [longest])
+        of_gist = gist_loss(model, answers, [longest], recipe)
+    assert of_model.item() == pytest.approx(of_gist.item(), rel=0.02)
+
+
 def test_an_earlier_turn_does_not_change_the_answer(checkpoint: Path) -> None:
     chat = LocalChat(checkpoint)
-    assert chat.answer([["how do I start it", "Run `make run`.", "which port is it"]]) == ["Port 5000."]
+    assert chat.answer([["how is it started here", "Run `make run`.", "which port is it"]]) == ["Port 5000."]
