@@ -164,6 +164,33 @@ async def test_the_queue_has_an_end(places: Places, queue: RoomQueue) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def test_one_owner_cannot_fill_the_queue(places: Places, queue: RoomQueue) -> None:
+    for name in "ab":
+        await Tenant(name, places).enter()
+    greedy = [Tenant(f"x{number}", places, "x") for number in range(4)]
+    entering = [asyncio.create_task(tenant.enter()) for tenant in greedy]
+    await waiting_for(queue, 4)
+    other = Tenant("y", places)
+    entering.append(asyncio.create_task(other.enter()))
+    with pytest.raises(AttentionCacheFullError, match="more of yours"):
+        await entering[3]
+    assert other.places_told == [2]
+    with pytest.raises(AttentionCacheFullError, match="4 others wait"):
+        await Tenant("x4", places, "x").enter()
+    for task in entering:
+        task.cancel()
+    await asyncio.wait(entering)
+
+
+async def test_what_never_fits_does_not_hold_up_the_others(
+    places: Places, queue: RoomQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rooms, "ALONE_SECONDS", 0.1)
+    places.free = 0
+    with pytest.raises(AttentionCacheFullError, match="even without any others"):
+        await Tenant("a", places).enter()
+
+
 async def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rooms, "SLICE_SECONDS", 60)
     queue = RoomQueue(max_waiting=4, timeout=0.1, idle_timeout=60)

@@ -26,6 +26,8 @@ SLICE_PER_REPLAY = 4.0
 """A slice lasts at least this many times as long as it took to fill the caches, so that replays stay a small part."""
 LOOK_AGAIN_SECONDS = 0.5
 """Other gateways do not say when they free memory."""
+ALONE_SECONDS = 10.0
+"""What finds no room for this time, though nothing else here holds any, is too large for what the swarm has left."""
 EXPIRY_CHECK_SECONDS = 5.0
 
 
@@ -71,9 +73,12 @@ class _Stay:
 
 
 class _Waiter:
-    def __init__(self, applicant: Applicant) -> None:
+    def __init__(self, applicant: Applicant, *, is_return: bool) -> None:
         self.turn = asyncio.Event()
-        """Set when it may try, and when it wants no more."""
+        """Set when it may try, when it wants no more, and when it was displaced."""
+        self.is_displaced = False
+        """Its place in the queue was given to somebody else's."""
+        self.is_return = is_return
         self._applicant = applicant
         self._place = 0
 
@@ -87,7 +92,8 @@ class RoomQueue:
     """The contexts of one worker that hold caches, and those that wait for room.
 
     Args:
-        max_waiting: how many may wait.
+        max_waiting: how many may wait. When that is reached, one more of an owner takes the place of the last one
+            of whoever has the most there.
         timeout: seconds that one may wait.
         idle_timeout: seconds after which caches that nobody uses are given back, waiting or not.
     """
@@ -145,8 +151,8 @@ class RoomQueue:
                 self._stays[resident] = _Stay(began)
                 return result
         if self.waiting >= self._max_waiting and not is_return:
-            raise AttentionCacheFullError(f"{self.waiting} others wait for room already")
-        return await self._admit_in_turn(resident, attempt, applicant)
+            self._displace_for(resident.owner)
+        return await self._admit_in_turn(resident, attempt, applicant, is_return=is_return)
 
     def settled(self, resident: Resident) -> None:
         """The caches hold the whole history: what that took is known now."""
@@ -194,10 +200,29 @@ class RoomQueue:
             if stay and stay.idle_since is not None and _now() - stay.idle_since >= after_seconds:
                 await resident.evict()
 
+    def _displace_for(self, owner: str) -> None:
+        """Make a place in the full queue, at the cost of an owner who has at least two more there."""
+        refusable = {
+            other: [waiter for waiter in queue if not waiter.is_return]
+            for other, queue in self._queues.items()
+        }
+        most = max(refusable, key=lambda other: len(refusable[other]), default=owner)
+        if len(refusable.get(most, [])) < len(self._queues.get(owner, [])) + 2:
+            raise AttentionCacheFullError(f"{self.waiting} others wait for room already")
+        waiter = refusable[most][-1]
+        waiter.is_displaced = True
+        waiter.turn.set()
+        self._remove(most, waiter)
+
     async def _admit_in_turn(
-        self, resident: Resident, attempt: Callable[[bool], Awaitable[Result]], applicant: Applicant
+        self,
+        resident: Resident,
+        attempt: Callable[[bool], Awaitable[Result]],
+        applicant: Applicant,
+        *,
+        is_return: bool,
     ) -> Result | None:
-        waiter = _Waiter(applicant)
+        waiter = _Waiter(applicant, is_return=is_return)
 
         def wake() -> None:
             waiter.turn.set()
@@ -209,11 +234,20 @@ class RoomQueue:
         try:
             async with asyncio.timeout(self._timeout):
                 await waiter.turn.wait()
+                if waiter.is_displaced:
+                    raise AttentionCacheFullError("too many others wait for room, and more of yours already")
+                last_resident = _now()
                 while not applicant.cancelled:
                     began = _now()
                     try:
                         result = await attempt(True)
                     except AttentionCacheFullError:
+                        if self._stays:
+                            last_resident = _now()
+                        elif _now() - last_resident > ALONE_SECONDS:
+                            raise AttentionCacheFullError(
+                                "the swarm has no room for it even without any others"
+                            ) from None
                         await self._make_room(applicant)
                     else:
                         self._stays[resident] = _Stay(began)
