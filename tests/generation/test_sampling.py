@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import msgspec
 import pytest
 import torch
 from transformers import (
@@ -13,6 +14,7 @@ from transformers import (
 )
 
 from petals_chat.errors import InvalidParameterError
+from petals_chat.generation import sampling
 from petals_chat.generation.sampling import TokenSampler, choose_tokens, process_logits
 from petals_chat.protocol.messages import SamplingParameters
 
@@ -138,6 +140,22 @@ def test_filtered_tokens_never_come_even_at_the_edges_of_the_random_numbers() ->
     edge = Edge(SamplingParameters(do_sample=True), VOCAB_SIZE, CONTEXT)
     for edge.value, token in [(0.0, 10), (0.4999, 10), (0.5001, 20), (1 - 2**-53, 20)]:
         assert choose_tokens(logits, [edge]) == [token]
+
+
+@pytest.mark.parametrize("few", [1, 3, 16])
+@pytest.mark.parametrize("parameters", [p for p in PARAMETERS if p.do_sample])
+def test_it_does_not_matter_among_how_many_tokens_is_looked_first(
+    parameters: SamplingParameters, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = random_logits(200).round()  # with many ties
+    seeded = [msgspec.structs.replace(parameters, seed=row) for row in range(len(logits))]
+
+    def choose() -> list[int]:
+        return choose_tokens(logits, [TokenSampler(each, VOCAB_SIZE, CONTEXT) for each in seeded])
+
+    among_all = choose()
+    monkeypatch.setattr(sampling, "FEW_TOKENS", few)
+    assert choose() == among_all
 
 
 def test_the_repetition_penalty_counts_the_tokens_that_came_since() -> None:

@@ -12,6 +12,7 @@ import dataclasses
 import math
 import random
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 
@@ -31,6 +32,16 @@ class Logprobs:
     top: tuple[tuple[int, float], ...]
 
 
+class TokenMask(Protocol):
+    """Tells which tokens may come next, by what came before."""
+
+    def allowed(self) -> torch.Tensor:
+        """bool [vocab_size]; at least one is."""
+
+    def add(self, token: int) -> None:
+        """Note the token that came; an allowed one."""
+
+
 class TokenSampler:
     """The sampling state of one generation: its parameters, its randomness, the tokens seen so far.
 
@@ -38,13 +49,21 @@ class TokenSampler:
         parameters: how to choose.
         vocab_size: number of logits in a row.
         context: all token ids of the session so far, for the repetition penalty.
+        mask: keeps the text to a grammar; None = any token may come.
 
     Raises:
         InvalidParameterError: there is no such token as one that has a bias.
     """
 
-    def __init__(self, parameters: SamplingParameters, vocab_size: int, context: Sequence[int]) -> None:
+    def __init__(
+        self,
+        parameters: SamplingParameters,
+        vocab_size: int,
+        context: Sequence[int],
+        mask: TokenMask | None = None,
+    ) -> None:
         self.parameters = parameters
+        self.mask = mask
         self._random = random.Random(parameters.seed)  # noqa: S311 - text, not keys
         self.seen: torch.Tensor | None = None
         """bool [vocab_size]: which tokens occurred; only kept if a repetition penalty needs it."""
@@ -65,6 +84,8 @@ class TokenSampler:
 
     def add(self, token: int) -> None:
         """Note that ``token`` is part of the context now."""
+        if self.mask is not None:
+            self.mask.add(token)
         if self.seen is not None:
             self.seen[token] = True
         if self.adjustment is not None:
@@ -75,27 +96,25 @@ class TokenSampler:
 
 
 def process_logits(logits: torch.Tensor, samplers: Sequence[TokenSampler]) -> torch.Tensor:
-    """Apply each row's processors.
+    """Apply each row's processors: what `choose_tokens` draws from, written out over the whole vocabulary.
 
     Args:
         logits: float32 [rows, vocab_size].
         samplers: one for each row.
 
     Returns:
-        float32 [rows, vocab_size]; tokens that were filtered out have -inf. Greedy rows are only penalised.
+        float32 [rows, vocab_size]; tokens that were filtered out have -inf. Greedy rows are only penalised
+        and masked.
     """
-    logits = _adjust(_penalize_repetition(logits, samplers), samplers)
-    sampled = [row for row, sampler in enumerate(samplers) if sampler.parameters.do_sample]
-    if not sampled:
-        return logits
-    parameters = [samplers[row].parameters for row in sampled]
-    selected = logits if len(sampled) == len(samplers) else logits[sampled]
-    scores = selected / logits.new_tensor([p.temperature for p in parameters])[:, None]
-    scores = _keep_top_k(scores, [p.top_k for p in parameters])
-    scores = _keep_top_p(scores, [p.top_p for p in parameters])
-    if len(sampled) == len(samplers):
-        return scores
-    return logits.index_copy(0, torch.tensor(sampled, device=logits.device), scores)
+    scores = _mask(_adjust(_penalize_repetition(logits, samplers), samplers), samplers).clone()
+    for row, sampler in enumerate(samplers):
+        if sampler.parameters.do_sample:
+            row_scores = _by_temperature(scores[row : row + 1], [sampler])
+            if _filters(sampler):
+                kept, token_ids, _ = _most_probable(row_scores, [sampler], row_scores.shape[-1])
+                row_scores = torch.full_like(row_scores, -math.inf).scatter(-1, token_ids, kept)
+            scores[row] = row_scores[0]
+    return scores
 
 
 def choose_tokens(logits: torch.Tensor, samplers: Sequence[TokenSampler]) -> list[int]:
@@ -105,19 +124,117 @@ def choose_tokens(logits: torch.Tensor, samplers: Sequence[TokenSampler]) -> lis
         logits: float32 [rows, vocab_size].
         samplers: one for each row; a sampled row takes one random number from its own.
     """
-    scores = process_logits(logits, samplers)
-    tokens: list[int] = scores.argmax(dim=-1).tolist()
-    sampled = [row for row, sampler in enumerate(samplers) if sampler.parameters.do_sample]
-    if sampled:
-        # Inversion: the first token at which the cumulated probability exceeds the random number. In float64,
-        # since over a large vocabulary the rounding of a float32 sum would reach tokens of probability 0.
-        cumulated = torch.softmax(scores[sampled].double(), dim=-1).cumsum(dim=-1)
-        draws = cumulated.new_tensor([[samplers[row].draw()] for row in sampled]) * cumulated[:, -1:]
-        chosen = torch.searchsorted(cumulated, draws, right=True).squeeze(-1)
-        for row, token in zip(sampled, chosen.tolist(), strict=True):
-            tokens[row] = token
+    scores = _mask(_adjust(_penalize_repetition(logits, samplers), samplers), samplers)
+    tokens = [0] * len(samplers)
+    for rows, choose in (
+        (
+            [row for row, sampler in enumerate(samplers) if not sampler.parameters.do_sample],
+            _choose_likeliest,
+        ),
+        ([row for row, sampler in enumerate(samplers) if _filters(sampler)], _draw_filtered),
+        ([row for row, sampler in enumerate(samplers) if _is_plain(sampler)], _draw_plainly),
+    ):
+        if rows:
+            selected = scores if len(rows) == len(samplers) else scores[rows]
+            for row, token in zip(rows, choose(selected, [samplers[row] for row in rows]), strict=True):
+                tokens[row] = token
     _note_logprobs(logits, samplers, tokens)
     return tokens
+
+
+def _filters(sampler: TokenSampler) -> bool:
+    parameters = sampler.parameters
+    return parameters.do_sample and (parameters.top_k > 0 or parameters.top_p < 1.0)
+
+
+def _is_plain(sampler: TokenSampler) -> bool:
+    return sampler.parameters.do_sample and not _filters(sampler)
+
+
+def _choose_likeliest(scores: torch.Tensor, samplers: Sequence[TokenSampler]) -> list[int]:
+    tokens: list[int] = scores.argmax(dim=-1).tolist()
+    return tokens
+
+
+def _draw_plainly(scores: torch.Tensor, samplers: Sequence[TokenSampler]) -> list[int]:
+    draws = [sampler.draw() for sampler in samplers]
+    tokens: list[int] = _invert(_by_temperature(scores, samplers), draws).tolist()
+    return tokens
+
+
+def _draw_filtered(scores: torch.Tensor, samplers: Sequence[TokenSampler]) -> list[int]:
+    scores = _by_temperature(scores, samplers)
+    draws = [sampler.draw() for sampler in samplers]
+    kept, token_ids, is_enough = _most_probable(scores, samplers, min(FEW_TOKENS, scores.shape[-1]))
+    chosen = token_ids.gather(-1, _invert(kept, draws)[:, None]).squeeze(-1)
+    tokens: list[int] = chosen.tolist()
+    for row, was_enough in enumerate(is_enough.tolist()):
+        if not was_enough:
+            kept, token_ids, _ = _most_probable(
+                scores[row : row + 1], samplers[row : row + 1], scores.shape[-1]
+            )
+            tokens[row] = int(token_ids[0, _invert(kept, draws[row : row + 1])[0]])
+    return tokens
+
+
+def _by_temperature(scores: torch.Tensor, samplers: Sequence[TokenSampler]) -> torch.Tensor:
+    return scores / scores.new_tensor([sampler.parameters.temperature for sampler in samplers])[:, None]
+
+
+def _invert(scores: torch.Tensor, draws: Sequence[float]) -> torch.Tensor:
+    """The first place of each row at which the cumulated probability exceeds the row's random number, [rows].
+
+    In float64, since over a large vocabulary the rounding of a float32 sum would reach tokens of probability 0.
+    """
+    cumulated = torch.softmax(scores.double(), dim=-1).cumsum(dim=-1)
+    limits = cumulated.new_tensor(draws)[:, None] * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, limits, right=True).squeeze(-1)
+
+
+def _most_probable(
+    scores: torch.Tensor, samplers: Sequence[TokenSampler], count: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The tokens that top-k and top-p keep, looked for among the ``count`` most probable ones.
+
+    Sorting a whole vocabulary costs as much as a small LM head, and nearly always the first few tokens suffice.
+
+    Args:
+        scores: [rows, vocab_size].
+
+    Returns:
+        Scores [rows, count], -inf for tokens that are not kept; their token ids [rows, count], ascending, so that
+        a random number means the same token for every ``count``; and whether the ``count`` tokens were enough, [rows].
+    """
+    vocab_size = scores.shape[-1]
+    top_k = [min(sampler.parameters.top_k or vocab_size, vocab_size) for sampler in samplers]
+    best, token_ids = torch.topk(scores, count, dim=-1)
+    least = best[:, -1:]
+    total = scores.logsumexp(dim=-1, keepdim=True)
+    knows_top_k: torch.Tensor | bool = True
+    if min(top_k) < vocab_size:
+        ranks = torch.tensor([min(k, count) - 1 for k in top_k], device=scores.device)[:, None]
+        limited = torch.tensor([k < vocab_size for k in top_k], device=scores.device)[:, None]
+        kth_best = best.gather(-1, ranks)
+        knows_top_k = ~limited | (least < kth_best)
+        # as in transformers, tokens that tie with the k-th best stay
+        best = best.masked_fill((best < kth_best) & limited, -math.inf)
+        total = torch.where(limited, best.logsumexp(dim=-1, keepdim=True), total)
+    probabilities = (best - total).exp()
+    before = probabilities.cumsum(dim=-1) - probabilities
+    top_p = scores.new_tensor([sampler.parameters.top_p for sampler in samplers])[:, None]
+    # Each token stays before which the more probable ones do not make up top_p yet.
+    is_kept = ((before < top_p) | (top_p >= 1.0)) & (best > -math.inf)
+    kept = is_kept.sum(dim=-1, keepdim=True).clamp(min=1)
+    threshold = best.gather(-1, kept - 1)
+    is_enough = ((least < threshold) & knows_top_k)[:, 0] | (count == vocab_size)
+    # Of tokens that tie at the threshold, as many as are needed stay: the first ones. In transformers it is left to
+    # the sort which.
+    needed = kept - (best > threshold).sum(dim=-1, keepdim=True)
+    token_ids, order = token_ids.sort(dim=-1)
+    best = best.gather(-1, order)
+    ties = best == threshold
+    dropped = (best < threshold) | (ties & (ties.cumsum(dim=-1) > needed))
+    return best.masked_fill(dropped, -math.inf), token_ids, is_enough
 
 
 def _penalize_repetition(logits: torch.Tensor, samplers: Sequence[TokenSampler]) -> torch.Tensor:
@@ -156,70 +273,38 @@ def _adjust(logits: torch.Tensor, samplers: Sequence[TokenSampler]) -> torch.Ten
     )
 
 
+def _mask(logits: torch.Tensor, samplers: Sequence[TokenSampler]) -> torch.Tensor:
+    """Filter out what a grammar does not allow."""
+    rows = [row for row, sampler in enumerate(samplers) if sampler.mask is not None]
+    if not rows:
+        return logits
+    allowed = torch.stack([mask.allowed() for sampler in samplers if (mask := sampler.mask) is not None])
+    masked = logits[rows].masked_fill(~allowed.to(logits.device), -math.inf)
+    return logits.index_copy(0, torch.tensor(rows, device=logits.device), masked)
+
+
 def _note_logprobs(logits: torch.Tensor, samplers: Sequence[TokenSampler], tokens: Sequence[int]) -> None:
     for row, (sampler, token) in enumerate(zip(samplers, tokens, strict=True)):
         count = sampler.parameters.top_logprobs
         if count is None:
             continue
-        logprobs = logits[row].log_softmax(-1)
-        best = logprobs.topk(min(count, len(logprobs)))
-        sampler.last_logprobs = Logprobs(
-            token,
-            logprobs[token].item(),
-            tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)),
-        )
+        (sampler.last_logprobs,) = logprobs_of(logits[row : row + 1], [token], count)
 
 
-def _keep_top_k(scores: torch.Tensor, top_k: Sequence[int]) -> torch.Tensor:
-    vocab_size = scores.shape[-1]
-    limits = [min(k, vocab_size) if k > 0 else vocab_size for k in top_k]
-    largest = max((limit for limit in limits if limit < vocab_size), default=0)
-    if largest == 0:
-        return scores
-    best = torch.topk(scores, largest).values
-    ranks = torch.tensor([min(limit, largest) - 1 for limit in limits], device=scores.device)[:, None]
-    thresholds = best.gather(-1, ranks)
-    unlimited = torch.tensor([limit == vocab_size for limit in limits], device=scores.device)[:, None]
-    # as in transformers, tokens that tie with the k-th best stay
-    return scores.masked_fill((scores < thresholds) & ~unlimited, -math.inf)
-
-
-def _keep_top_p(scores: torch.Tensor, top_p: Sequence[float]) -> torch.Tensor:
-    rows = [row for row, p in enumerate(top_p) if p < 1.0]
-    if not rows:
-        return scores
-    limits = scores.new_tensor([top_p[row] for row in rows])[:, None]
-    selected = scores if len(rows) == len(top_p) else scores[rows]
-    filtered = _keep_most_probable(selected, limits, min(FEW_TOKENS, scores.shape[-1]))
-    if len(rows) == len(top_p):
-        return filtered
-    return scores.index_copy(0, torch.tensor(rows, device=scores.device), filtered)
-
-
-def _keep_most_probable(scores: torch.Tensor, top_p: torch.Tensor, count: int) -> torch.Tensor:
-    """Keep each token before which the more probable ones do not make up ``top_p`` yet.
-
-    Sorting a whole vocabulary costs as much as a small LM head. Nearly always the first ``count`` tokens suffice;
-    for rows where they do not, all are sorted.
+def logprobs_of(logits: torch.Tensor, tokens: Sequence[int], count: int) -> list[Logprobs]:
+    """The log probability of one token in each row.
 
     Args:
-        scores: [rows, vocab_size]
-        top_p: [rows, 1]
+        logits: float32 [rows, vocab_size].
+        tokens: one for each row.
+        count: how many of the likeliest are told, too.
     """
-    best = torch.topk(scores, count, dim=-1).values
-    probabilities = (best - scores.logsumexp(dim=-1, keepdim=True)).exp()
-    before = probabilities.cumsum(dim=-1) - probabilities
-    kept = (before < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
-    threshold = best.gather(-1, kept - 1)
-    filtered = scores.masked_fill(scores < threshold, -math.inf)
-    # Of tokens that tie at the threshold, as many as are needed stay: the first ones. In transformers it is left to
-    # the sort which.
-    ties = scores == threshold
-    needed = kept - (best > threshold).sum(dim=-1, keepdim=True)
-    if (ties.sum(dim=-1, keepdim=True) > needed).any():
-        filtered.masked_fill_(ties & (ties.cumsum(dim=-1) > needed), -math.inf)
-    if count < scores.shape[-1]:
-        more = (kept.squeeze(-1) == count).nonzero().squeeze(-1)
-        if len(more):
-            filtered[more] = _keep_most_probable(scores[more], top_p[more], scores.shape[-1])
-    return filtered
+    logprobs = logits.log_softmax(-1)
+    chosen = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None]).squeeze(-1).tolist()
+    best = logprobs.topk(min(count, logprobs.shape[-1]))
+    return [
+        Logprobs(token, logprob, tuple(zip(ids, values, strict=True)))
+        for token, logprob, ids, values in zip(
+            tokens, chosen, best.indices.tolist(), best.values.tolist(), strict=True
+        )
+    ]
