@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import shapes
-from petals_chat.models.stand_in import stand_in_settings
+from petals_chat.models import bundled
 
 CONTENDERS = 4
 SHORT_PROMPT = "Hello, many machines. How does a swarm run a model?"
@@ -74,7 +75,7 @@ class Case:
 def bundled_model(directory: Path) -> tuple[str, Mapping[str, object]]:
     """What ``petals-chat serve`` serves where nothing is configured, but for the end of its answers: none ends."""
     repository = directory / "bundled"
-    stand_in_settings(repository)
+    shutil.copytree(bundled.DIRECTORY, repository)
     for name in ("config.json", "generation_config.json"):
         content = json.loads((repository / name).read_text())
         (repository / name).write_text(json.dumps(content | {"eos_token_id": None}))

@@ -133,12 +133,14 @@ class Process:
 class Host(Process):
     """``petals-chat host``: all blocks of a model, in a new swarm."""
 
+    program: tuple[str, ...] = ("-m", "petals_chat")
+
     def __init__(self, repository: str, dtype: str, cache_tokens: int, directory: Path, threads: int) -> None:
         self._ready_fd, ready_fd = os.pipe()
         super().__init__(
             "host",
             [
-                *("-m", "petals_chat", "host", repository, "--new-swarm", "--address=127.0.0.1"),
+                *(*self.program, "host", repository, "--new-swarm", "--address=127.0.0.1"),
                 *(f"--dtype={dtype}", f"--cache-tokens={cache_tokens}", f"--threads={threads}"),
                 *(f"--ready-fd={ready_fd}", "--exit-with-stdin"),
             ],

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import sys
+import time
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 
 import msgspec
 
 from petals_chat.engine.interface import Chunk, ModelState, ModelStatus
-from petals_chat.errors import MaximumLengthExceededError, PetalsChatError
+from petals_chat.errors import InvalidParameterError, MaximumLengthExceededError, PetalsChatError
 from petals_chat.protocol.messages import (
     ChatPrompt,
+    EncodedText,
     FinishReason,
     GenerationRequest,
+    Reachability,
     StatusReported,
     SwarmPeer,
+    SwarmStatus,
+    TokenizerDescription,
     WorkerStarted,
 )
 
@@ -26,14 +32,26 @@ END = "</s>"
 
 def worker_started(max_session_length: int = 2048, num_blocks: int = 4) -> WorkerStarted:
     values = {"num_blocks": num_blocks, "max_session_length": max_session_length}
-    texts = {"dtype": "float32", "device": "cpu"}
+    texts = {"dtype": "float32", "device": "cpu", "dht_prefix": "model-hf"}
     sizes = {"hidden_size": 64, "vocab_size": 256}
     return msgspec.convert({**values, **texts, **sizes}, WorkerStarted)
 
 
 def status_reported(*spans: tuple[int, int], tokens_generated: int = 0) -> StatusReported:
-    peers = tuple(SwarmPeer(f"peer{index}", *span, "online") for index, span in enumerate(spans))
-    return StatusReported(0, 0, tokens_generated, peers)
+    return StatusReported(0, 0, tokens_generated, swarm_status(*spans))
+
+
+def swarm_status(
+    *spans: tuple[int, int], num_blocks: int = 4, full_blocks: tuple[int, ...] = ()
+) -> SwarmStatus:
+    """An online server for each span, as seen just now."""
+    return SwarmStatus(
+        servers=tuple(SwarmPeer(f"peer{index}", *span, "online") for index, span in enumerate(spans)),
+        block_servers=tuple(sum(start <= block < end for start, end in spans) for block in range(num_blocks)),
+        full_blocks=full_blocks,
+        initial_peers={"peer0": True},
+        seen_at=time.time(),
+    )
 
 
 def ready(max_session_length: int = 2048) -> ModelStatus:
@@ -70,6 +88,11 @@ class FakeEngine:
         self.owners_of_stateless: list[str] = []
         self.running = 0
         self.tokens_pulled = 0
+        self.reachability = Reachability(True, "it answered within 3 ms")
+        self.peers_checked: list[str] = []
+        self.may_check = asyncio.Event()
+        """Clear it, and checks of reachability stand still."""
+        self.may_check.set()
 
     async def open_session(
         self, model_key: str, max_length: int, *, owner: str = "", is_stateless: bool = False
@@ -87,6 +110,32 @@ class FakeEngine:
         if is_stateless:
             self.owners_of_stateless.append(owner)
         return session
+
+    async def check_reachability(self, peer_id: str) -> Reachability:
+        self.peers_checked.append(peer_id)
+        await self.may_check.wait()
+        return self.reachability
+
+    def tokenizer(self, model_key: str) -> FakeTokenizer:
+        return FakeTokenizer()
+
+
+class FakeTokenizer:
+    """Each character is a token, its code point the id."""
+
+    async def encode(self, inputs: str | ChatPrompt, *, add_special_tokens: bool) -> EncodedText:
+        if isinstance(inputs, ChatPrompt):
+            inputs = "".join(message.content for message in inputs.messages)
+        text = f"^{inputs}" if add_special_tokens else inputs
+        return EncodedText(tuple(map(ord, text)), tuple(character.encode() for character in text))
+
+    async def decode(self, tokens: Sequence[int]) -> str:
+        if max(tokens, default=0) > sys.maxunicode:
+            raise InvalidParameterError("inputs", "there is no such character")
+        return "".join(map(chr, tokens)).encode(errors="replace").decode()
+
+    async def describe(self) -> TokenizerDescription:
+        return TokenizerDescription("FakeTokenizer", 256, "^", END, None, None, "{{ messages }}")
 
 
 class FakeSession:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,32 @@ class HostProcess:
     """A host that was started, and may not be ready yet.
 
     Args:
-        model: directory of the checkpoint.
-        initial_peers: none = it begins a swarm.
+        model: directory of the checkpoint, or its name on the hub; None = the one of the swarm that is joined.
+        initial_peers: none = it begins a swarm, unless it has a token.
+        join: token of the swarm to join.
+        environment: variables that the host has beside those of this process.
         arguments: more arguments of the command line.
     """
 
-    def __init__(self, model: Path, *arguments: str, initial_peers: Sequence[str] = ()) -> None:
-        swarm = ["--initial-peers", *initial_peers] if initial_peers else ["--new-swarm"]
+    def __init__(
+        self,
+        model: Path | str | None,
+        *arguments: str,
+        initial_peers: Sequence[str] = (),
+        join: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        words = [] if model is None else [str(model)]
+        if join:
+            words += ["--join", join]
+        elif initial_peers:
+            words += ["--initial-peers", *initial_peers]
         self._ready_fd, ready_fd = os.pipe()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop()
         self._seen: list[psutil.Process] = []
         self.process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "petals_chat", "host", str(model), *swarm),
+                *(sys.executable, "-m", "petals_chat", "host", *words),
                 *("--address=127.0.0.1", "--dtype=float32", "--threads=1"),
                 *(f"--ready-fd={ready_fd}", "--exit-with-stdin", *arguments),
             ],
@@ -48,6 +61,7 @@ class HostProcess:
             stderr=self._stderr,
             pass_fds=[ready_fd],
             start_new_session=True,
+            env={**os.environ, **(environment or {})},
         )
         os.close(ready_fd)
 

@@ -46,5 +46,28 @@ def test_the_way_of_a_token_is_measured(short_directory: Path) -> None:
     assert [process for process in psutil.process_iter(["cmdline"]) if _names(process, short_directory)] == []
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the benchmark reads /proc")
+def test_hosts_with_many_sessions_are_measured(short_directory: Path) -> None:
+    small = ["--hidden-size=128", "--rounds=1", "--tokens=4"]
+    result = subprocess.run(
+        [sys.executable, "bench/host_batching.py", *small],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(short_directory)},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert [(row["users"], row["contender"]) for row in report["rows"]] == [
+        *((1, "batching"), (1, "released")),
+        *((8, "batching"), (8, "released")),
+    ]
+    assert set(report["tokens_per_second_to_released"]) == {"1 users", "8 users"}
+    assert report["texts_identical"]["to released"]
+    assert list(short_directory.glob("bench-*")) == []
+    assert [process for process in psutil.process_iter(["cmdline"]) if _names(process, short_directory)] == []
+
+
 def _names(process: psutil.Process, directory: Path) -> bool:
     return any(str(directory) in argument for argument in process.info["cmdline"] or ())

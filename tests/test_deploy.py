@@ -25,7 +25,7 @@ from fastapi import FastAPI
 from websockets.asyncio.client import ClientConnection, connect
 
 from petals_chat.gateway.app import create_app
-from petals_chat.settings import ModelSettings, ServerSettings, Settings, load_settings
+from petals_chat.settings import HistorySettings, ModelSettings, ServerSettings, Settings, load_settings
 from tests.asgi_server import running_server
 from tests.browser.build import build_page
 from tests.fakes import FakeEngine
@@ -58,7 +58,7 @@ http {{
 
 def create_fake_app() -> FastAPI:
     """What gunicorn serves here."""
-    settings = Settings(models=MODELS)
+    settings = Settings(models=MODELS, history=HistorySettings(enabled=False))
     return create_app(settings, FakeEngine(*(model.key for model in MODELS)))
 
 
@@ -162,7 +162,11 @@ async def deployment(
     site: str, directory: Path, *, root_path: str = "", tls: ssl.SSLContext | None = None
 ) -> AsyncIterator[Deployment]:
     nginx, port = program("nginx"), free_port()
-    settings = Settings(models=MODELS, server=ServerSettings(root_path=root_path))
+    settings = Settings(
+        models=MODELS,
+        server=ServerSettings(root_path=root_path),
+        history=HistorySettings(enabled=False),
+    )
     engine = FakeEngine(*(model.key for model in MODELS))
     async with running_server(create_app(settings, engine), settings) as address:
         site = re.sub(r"listen (\[::\]:)?(80|443)\b", f"listen \\g<1>{port}", site)

@@ -18,7 +18,7 @@ import pytest
 from petals_chat.cli import COMMANDS
 from petals_chat.models.catalog import CATALOG
 from petals_chat.settings import Section, Settings, load_settings
-from petals_chat.settings.wording import dotted, expected, keys_of, schema_of, show
+from petals_chat.settings.wording import dotted, expected, keys_of, schema_of, show, table_of
 
 ROOT = Path(__file__).parent.parent
 CONFIGURATION = ROOT / "docs" / "configuration.md"
@@ -28,8 +28,11 @@ MODEL = ("models", "owner/name")
 TABLES = [
     ("server",),
     ("limits",),
+    ("api",),
+    ("api", "keys"),
     ("swarm",),
     ("engine",),
+    ("history",),
     MODEL,
     (*MODEL, "chat"),
     (*MODEL, "chat", "generation"),
@@ -49,16 +52,14 @@ def settings_table(section: tuple[str, ...]) -> str:
 
 
 def default_of(section: tuple[str, ...], key: str) -> str:
-    schema = schema_of(section)
-    assert schema is not None
-    default = schema["properties"][key].get("default")
+    default = table_of(section)["properties"][key].get("default")
     return "unset" if default is None else f"`{show(default)}`"
 
 
 def meaning(section: tuple[str, ...], key: str) -> str:
-    schema = schema_of(section)
-    assert schema is not None
-    return str(schema["properties"][key].get("description", "")).replace("``", "`").replace("\n", " ")
+    return (
+        str(table_of(section)["properties"][key].get("description", "")).replace("``", "`").replace("\n", " ")
+    )
 
 
 def catalog_table() -> str:

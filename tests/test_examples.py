@@ -31,6 +31,8 @@ DOCUMENTS_WITH_EXAMPLES = (*API_DOCUMENTS, "openai.md")
 PROGRAMS = {"sh": "bash", "python": sys.executable, "javascript": "node"}
 """What runs the blocks with this language tag. Blocks with other tags show what is sent and received."""
 SUFFIXES = {".sh": "sh", ".py": "python", ".mjs": "javascript"}
+BINARIES = Path(sys.executable).parent
+"""Has `llm`, which keeps its settings where LLM_USER_PATH says."""
 TIMEOUT_SECONDS = 60
 
 BRANCHES = {PetalsChatError, RequestError, CapacityError, SwarmError}
@@ -76,6 +78,7 @@ def run(server: Server, directory: Path, language: str, *arguments: str, typed: 
     result = subprocess.run(
         [program, *options, *arguments],
         cwd=directory,
+        env=os.environ | {"PATH": f"{BINARIES}:{os.environ['PATH']}", "LLM_USER_PATH": str(directory)},
         input=typed,
         capture_output=True,
         encoding="utf-8",

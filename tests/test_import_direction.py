@@ -42,15 +42,26 @@ def offences(paths: list[Path], forbidden: set[str]) -> list[str]:
 
 def test_the_gateway_and_what_it_shares_import_no_model_or_swarm_library() -> None:
     shared = [SOURCE / "errors.py", SOURCE / "engine" / "interface.py"]
-    paths = modules_in("gateway") + modules_in("protocol") + modules_in("settings") + shared
+    packages = ("gateway", "history", "protocol", "settings")
+    paths = [path for package in packages for path in modules_in(package)] + shared
     assert offences(paths, MODEL_LIBRARIES | SWARM_LIBRARIES) == []
 
 
 def test_the_gateway_loads_no_model_or_swarm_library_by_way_of_others() -> None:
     names = sorted(MODEL_LIBRARIES | SWARM_LIBRARIES)
-    check = f"import sys, petals_chat.gateway.app; print([n for n in {names} if n in sys.modules])"
+    assert loaded_of(names, by="petals_chat.gateway.app, petals_chat.history.history") == "[]"
+
+
+def test_a_gateway_without_history_loads_no_library_of_databases() -> None:
+    names = ["sqlalchemy", "alembic", "aiosqlite", "asyncpg"]
+    assert loaded_of(names, by="petals_chat.gateway.app") == "[]"
+    assert loaded_of(["alembic", "asyncpg"], by="petals_chat.history.history") == "[]"
+
+
+def loaded_of(names: list[str], by: str) -> str:
+    check = f"import sys, {by}; print([n for n in {names} if n in sys.modules])"
     result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    return result.stdout.strip()
 
 
 def test_only_the_swarm_package_imports_petals_and_hivemind() -> None:
@@ -75,7 +86,7 @@ def reads_the_environment(path: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    "package", ["generation", "protocol", "engine", "head", "swarm", "models", "settings"]
+    "package", ["generation", "protocol", "engine", "head", "history", "swarm", "models", "settings"]
 )
 def test_nothing_below_the_gateway_imports_it(package: str) -> None:
     assert offences(modules_in(package), {"petals_chat.gateway"}) == []
@@ -86,8 +97,9 @@ def test_the_pure_parts_do_no_io(path: Path) -> None:
     assert offences([path], {"asyncio", "time", "socket", "threading"}) == []
 
 
-def test_the_v2_protocol_neither_awaits_nor_reads_a_clock() -> None:
-    path = SOURCE / "gateway" / "session_v2.py"
+@pytest.mark.parametrize("name", ["session_v2.py", "answer_log.py"])
+def test_the_v2_protocol_neither_awaits_nor_reads_a_clock(name: str) -> None:
+    path = SOURCE / "gateway" / name
     assert offences([path], {"asyncio", "time", "socket", "threading", "starlette", "fastapi"}) == []
     assert not [
         node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.AsyncFunctionDef)

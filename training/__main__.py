@@ -14,13 +14,16 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from petals_chat.models import bundled
 from training.chat_format import END, text_of, train_tokenizer
 from training.corpus import Entry, load_corpus
 from training.dialogues import DialogueWriter
 from training.evaluate import held_out_wordings, judge, load_off_topic, load_questions, overlap, report
+from training.model_card import write_model_card
 from training.train import AnswerHead, Recipe, batches, learn_gist, new_model, questions, train
 
-OUTPUT = Path(__file__).parent.parent / "build/petals-guide"
+OUTPUT = bundled.DIRECTORY
+_COST_FILE = "training.json"
 _TOKENIZER_DIALOGUES = 20_000
 _MAX_ANSWER_TOKENS = 128
 
@@ -31,7 +34,7 @@ def main() -> None:
     parser.add_argument("command", choices=["train", "evaluate"], nargs="?")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="directory of the checkpoint")
     parser.add_argument("--steps", type=int, default=Recipe.steps)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--validate", action="store_true", help="keep one in 20 wordings out, and ask those too"
     )
@@ -43,11 +46,14 @@ def main() -> None:
     if arguments.command != "evaluate":
         make(kept, Recipe(steps=arguments.steps), arguments.output)
     if arguments.command != "train":
-        assess(arguments.output, entries, left_out, arguments.show)
+        table, figures = assess(arguments.output, entries, left_out, arguments.show)
+        cost = json.loads((arguments.output / _COST_FILE).read_text())
+        write_model_card(arguments.output, entries, table, figures | cost)
 
 
 def make(entries: Sequence[Entry], recipe: Recipe, output: Path) -> None:
-    """Train the tokenizer and the model and write the checkpoint."""
+    """Train the tokenizer and the model, and write the checkpoint and what it cost."""
+    started, started_cpu = time.monotonic(), time.process_time()
     held_out = held_out_wordings([*load_questions(), *load_off_topic()])
     dialogues = islice(DialogueWriter(entries, recipe.seed + 1, held_out), _TOKENIZER_DIALOGUES)
     tokenizer = train_tokenizer(text_of(dialogue) for dialogue in dialogues)
@@ -69,6 +75,12 @@ def make(entries: Sequence[Entry], recipe: Recipe, output: Path) -> None:
     )
     model.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)
+    cost = {
+        "steps": recipe.steps,
+        "minutes": round((time.monotonic() - started) / 60),
+        "cpu_minutes": round((time.process_time() - started_cpu) / 60),
+    }
+    (output / _COST_FILE).write_text(json.dumps(cost) + "\n")
 
 
 def split(entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
@@ -121,8 +133,8 @@ class LocalChat:
 
 def assess(
     directory: Path, entries: Sequence[Entry], left_out: Sequence[Entry], show: bool
-) -> dict[str, float]:
-    """Evaluate the checkpoint, print what came out, and return the shares of right answers."""
+) -> tuple[str, dict[str, float]]:
+    """Evaluate the checkpoint, print what came out, and return the table and the shares of right answers."""
     chat = LocalChat(directory)
     started = time.monotonic()
     figures: dict[str, float] = {}
@@ -136,7 +148,8 @@ def assess(
                 print(f"[{topic}] {question}\n    {answer}")
     questions, off_topic = load_questions(), load_off_topic()
     verdicts = judge(chat, questions) + judge(chat, off_topic)
-    print(report(verdicts))
+    table = report(verdicts)
+    print(table)
     if show:
         for verdict in verdicts:
             if not verdict.is_right:
@@ -151,7 +164,7 @@ def assess(
     figures["shared_5_grams"] = round(overlap([*questions, *off_topic], entries), 4)
     figures["seconds"] = round(time.monotonic() - started)
     print(json.dumps(figures))
-    return figures
+    return table, figures
 
 
 if __name__ == "__main__":

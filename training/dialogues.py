@@ -7,7 +7,7 @@ from collections.abc import Container, Iterator, Sequence
 from random import Random
 
 from training.corpus import Entry, expand, normalised
-from training.wording import reword
+from training.wording import mingle, reword
 
 _SYSTEM_TEXTS = (
     # The usual introduction of a chat: pages and terminal clients of today and of 2023 send it.
@@ -20,13 +20,16 @@ _SYSTEM_TEXTS = (
     "You are Petals Guide, a small model that answers questions about Petals Chat.",
     "Answer shortly.",
 )
-_AREA_SHARES = {"off_topic": 0.27, "small_talk": 0.13}
+_AREA_SHARES = {"off_topic": 0.33, "small_talk": 0.13}
 """The share of an area in all turns that stand alone; the other areas share the rest."""
 _FOLLOW_UP_SHARE = 0.5
 _TURNS = (1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 3, 4)
 _LONG_DIALOGUE_SHARE = 0.005
 _LONG_DIALOGUE_TURNS = 16
 _SYSTEM_SHARE = 0.3
+_MINGLED_SHARE = 0.35
+"""Share of questions whose words are mixed with those of another wording: which words there are says more about what is
+asked than how they are put together, and a model that learns each wording by heart would not know others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +96,9 @@ class DialogueWriter:
         while True:
             wording = expand(self._random.choice(entry.questions), self._random)
             question = reword(wording, self._random)
+            if self._random.random() < _MINGLED_SHARE:
+                other = expand(self._random.choice(entry.questions), self._random)
+                question = mingle(question, other, self._random)
             if normalised(wording) not in self._held_out and normalised(question) not in self._held_out:
                 return question
 

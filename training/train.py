@@ -41,7 +41,7 @@ class Recipe:
     gist_learning_rate: float = 2e-2
     gist_scale: float = 4.0
     """What the mean of a question's tokens is multiplied by before it is added to the last of them."""
-    steps: int = 6000
+    steps: int = 3800
     tokens_per_step: int = 2048
     learning_rate: float = 2e-3
     """Of embeddings, norms and head."""
@@ -51,11 +51,14 @@ class Recipe:
     final_learning_rate: float = 0.02
     """As a share of the highest one."""
     weight_decay: float = 0.1
-    begun_share: float = 0.5
+    begun_share: float = 0.8
     """Share of the dialogues that are cut in their last answer. Which answer it is shows in its first words;
     how it goes on is learnt by heart from the others."""
-    begun_tokens: int = 12
+    begun_tokens: int = 4
     """How much of the last answer such a dialogue keeps."""
+    first_words_weight: float = 4.0
+    """How much more the first words of an answer count than the others, which follow from them."""
+    first_words_tokens: int = 3
     seed: int = 2026
     report_every: int = 50
 
@@ -124,10 +127,13 @@ def gist_loss(
 def train(
     model: LlamaForCausalLM, answers: AnswerHead, batches: Iterator[list[Example]], recipe: Recipe
 ) -> None:
-    """Train the model in place."""
-    matrices = [parameter for parameter in model.model.layers.parameters() if parameter.dim() == 2]
-    tables = [model.model.embed_tokens.weight, model.lm_head.weight, *answers.parameters()]
-    norms = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    """Train the model in place, but for what `learn_gist` taught it."""
+    model.model.embed_tokens.requires_grad_(False)
+    model.model.layers[0].self_attn.requires_grad_(False)
+    trained = [parameter for parameter in model.model.layers.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.dim() == 2]
+    norms = [model.model.norm.weight, *(parameter for parameter in trained if parameter.dim() == 1)]
+    tables = [model.lm_head.weight, *answers.parameters()]
     muon = torch.optim.Muon(matrices, lr=recipe.matrix_learning_rate, weight_decay=recipe.weight_decay)
     adam = torch.optim.AdamW(
         [{"params": tables, "weight_decay": recipe.weight_decay}, {"params": norms, "weight_decay": 0.0}],
@@ -136,7 +142,7 @@ def train(
         fused=True,
     )
     model.train()
-    _descend([muon, adam], batches, lambda batch: _loss(model, answers, batch), recipe.steps, recipe)
+    _descend([muon, adam], batches, lambda batch: _loss(model, answers, batch, recipe), recipe.steps, recipe)
     model.eval()
 
 
@@ -265,14 +271,20 @@ def _hand_on_the_mean(model: LlamaForCausalLM, recipe: Recipe) -> None:
         torch.nn.init.eye_(first.o_proj.weight).mul_(recipe.gist_scale)
 
 
-def _loss(model: LlamaForCausalLM, answers: AnswerHead, batch: list[Example]) -> torch.Tensor:
+def _loss(model: LlamaForCausalLM, answers: AnswerHead, batch: list[Example], recipe: Recipe) -> torch.Tensor:
     """The mean cross-entropy of the tokens that the model is to say, and that of the answers as wholes."""
     token_ids, _, is_said = _padded(batch)
+    weights = is_said.float()
+    for row, example in enumerate(batch):
+        for at, _ in example.answers:
+            weights[row, at + 1 : at + 1 + recipe.first_words_tokens] *= recipe.first_words_weight
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cpu_computes_bfloat16()):
         hidden = model.model(token_ids, use_cache=False).last_hidden_state
         logits = model.lm_head(hidden[:, :-1][is_said[:, 1:]])
         answer_loss = answers.loss(hidden, batch)
-    return cross_entropy(logits.float(), token_ids[:, 1:][is_said[:, 1:]]) + answer_loss
+    losses = cross_entropy(logits.float(), token_ids[:, 1:][is_said[:, 1:]], reduction="none")
+    weights = weights[:, 1:][is_said[:, 1:]]
+    return (losses * weights).sum() / weights.sum() + answer_loss
 
 
 def _padded(batch: list[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

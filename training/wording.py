@@ -118,6 +118,14 @@ def reword(question: str, random: Random) -> str:
     return question.strip() or "?"
 
 
+def mingle(question: str, other: str, random: Random) -> str:
+    """Words of two wordings of a question, in any order, some of them left out."""
+    words = question.split() if random.random() < 0.4 else [*question.split(), *other.split()]
+    random.shuffle(words)
+    share = random.choice((0.5, 0.7, 0.85, 1.0))
+    return " ".join(words[: max(3, round(share * len(words)))])
+
+
 def _replace_synonyms(question: str, random: Random) -> str:
     def replaced(match: re.Match[str]) -> str:
         if random.random() < 0.5:

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from petals_chat.engine.supervisor import ProcessEngine
 from petals_chat.gateway import app as gateway
-from petals_chat.models.stand_in import stand_in_settings
+from petals_chat.models.bundled import bundled_settings
 from petals_chat.settings import Settings, load_settings
 
 logger = logging.getLogger(__name__)
@@ -32,9 +32,8 @@ def with_models(settings: Settings) -> Settings:
     """The settings; where they name no model, with the built-in one."""
     if settings.models:
         return settings
-    logger.info("No model is configured: serving the built-in stand-in, which answers in random words.")
-    model = stand_in_settings(settings.engine.data_dir / "models" / "stand-in")
-    return settings.model_copy(update={"models": (model,)})
+    logger.info("No model is configured: serving the built-in Petals Guide, a small model about Petals Chat.")
+    return settings.model_copy(update={"models": (bundled_settings(),)})
 
 
 def configure_logging(level: str) -> None:

@@ -21,7 +21,9 @@ from petals_chat.settings import Settings, load_settings
 COMMANDS = {
     "serve": "serve the page and the APIs",
     "host": "add this machine to a swarm, as a host of a model's blocks",
+    "swarm": "show the servers of a swarm, and which blocks they hold",
     "chat": "chat with a server in the terminal",
+    "keys": "make keys of the APIs",
     "check": "check the configuration and say what its models need",
 }
 FAILED, UNUSABLE_CONFIGURATION, INTERRUPTED = 1, 2, 130

@@ -120,6 +120,28 @@ class ModelNotPublicError(RequestError):
         )
 
 
+class InvalidApiKeyError(RequestError):
+    """No key was given, or one that this server does not know."""
+
+    code = "invalid_api_key"
+
+    def __init__(self, *, is_missing: bool) -> None:
+        super().__init__(
+            "this server needs an API key: send it in the header Authorization, as Bearer KEY"
+            if is_missing
+            else "the API key is not one of this server's"
+        )
+
+
+class ModelNotAllowedError(RequestError):
+    """The key may not use this model."""
+
+    code = "model_not_allowed"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"this API key may not use model {model!r}", model=model)
+
+
 class MaximumLengthExceededError(RequestError):
     """The context has no room for what was asked."""
 
@@ -136,6 +158,74 @@ class SessionExpiredError(RequestError):
 
     def __init__(self, session_id: str, reason: str = "it was closed, or idle for too long") -> None:
         super().__init__(f"Session {session_id} expired: {reason}", session_id=session_id)
+
+
+class UnknownGenerationError(RequestError):
+    """There is no such answer to follow."""
+
+    code = "unknown_generation"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "there is no such generation: it never was, is another visitor's, or ended too long ago"
+        )
+
+
+class ForeignOriginError(RequestError):
+    """A page of another site wants to change a visitor's chats."""
+
+    code = "foreign_origin"
+
+    def __init__(self) -> None:
+        super().__init__("chats can be changed from this server's own page only")
+
+
+class HistoryDisabledError(RequestError):
+    """This server keeps no chats."""
+
+    code = "history_disabled"
+
+    def __init__(self) -> None:
+        super().__init__("this server keeps no history of chats")
+
+
+class UnknownChatError(RequestError):
+    """The visitor has no such chat."""
+
+    code = "unknown_chat"
+
+    def __init__(self) -> None:
+        super().__init__("you have no such chat: it never was, was deleted, expired, or is another visitor's")
+
+
+class UnknownMessageError(RequestError):
+    """The chat has no such message."""
+
+    code = "unknown_message"
+
+    def __init__(self, message_id: str) -> None:
+        super().__init__(f"the chat has no message {message_id!r}", message_id=message_id)
+
+
+class UnknownShareError(RequestError):
+    """Nothing is shared under this link."""
+
+    code = "unknown_share"
+
+    def __init__(self) -> None:
+        super().__init__("nothing is shared under this link any more, if ever")
+
+
+class HistoryConflictError(RequestError):
+    """Something else is there already, or happens to it."""
+
+    code = "history_conflict"
+
+
+class HistoryFullError(RequestError):
+    """A limit on what one visitor may keep is reached; the message says which."""
+
+    code = "history_full"
 
 
 class CapacityError(PetalsChatError):
@@ -160,6 +250,19 @@ class TooManyRequestsError(CapacityError):
     """A limit of this server on things at once is reached; the message says which."""
 
     code = "too_many_requests"
+
+
+class RateLimitExceededError(CapacityError):
+    """The client has used up what it may in a minute, or at once."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, limit: int, things: str, retry_after_seconds: float) -> None:
+        super().__init__(
+            f"you may have {limit} {things}, and have that many. Try again in {max(1, round(retry_after_seconds))} s",
+            limit=limit,
+            retry_after_seconds=retry_after_seconds,
+        )
 
 
 class EngineError(PetalsChatError):
@@ -210,6 +313,15 @@ class DeadlineExceededError(EngineError):
 
     def __init__(self, seconds: float) -> None:
         super().__init__(f"the request took longer than the {seconds:g} s allowed here", seconds=seconds)
+
+
+class HistoryUnavailableError(EngineError):
+    """The database cannot be asked at the moment. The reason is for the log only."""
+
+    code = "history_unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("the server's database does not answer. Try again in a moment")
 
 
 class InternalError(EngineError):

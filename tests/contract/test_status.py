@@ -56,6 +56,35 @@ def test_status_of_an_unknown_model_is_not_found(http: httpx.Client) -> None:
     assert (error["ok"], error["code"]) == (False, "unknown_model")
 
 
+def test_the_state_shows_every_models_servers(http: httpx.Client) -> None:
+    wait_until(lambda: get(http, "/api/v1/state")["model_reports"][0]["server_rows"][0]["ping_seconds"])
+    state = get(http, "/api/v1/state")
+    assert set(state["bootstrap_states"]) == {"online"}
+    assert [report["key"] for report in state["model_reports"]] == MODELS
+    for report in state["model_reports"]:
+        assert (report["state"], report["status"], report["missing_blocks"]) == ("healthy", "ready", [])
+        assert report["rarest_block_servers"] == 1
+        assert report["rarest_blocks"] == list(range(report["num_blocks"]))
+        assert report["join_command"] is None  # nobody has said that everybody may know
+        assert 0 <= report["age_seconds"] < 60
+        (row,) = report["server_rows"]
+        assert (row["state"], row["span"]) == ("online", {"start": 0, "end": report["num_blocks"]})
+        assert (row["torch_dtype"], row["using_relay"], row["throughput"]) == ("float32", False, None)
+        assert row["cache_tokens_left"] >= 0
+    first = state["model_reports"][0]["server_rows"][0]
+    assert 0 < first["ping_seconds"] < 5
+
+
+def test_a_server_of_the_swarm_can_be_asked_for_an_answer(http: httpx.Client) -> None:
+    for report in get(http, "/api/v1/state")["model_reports"]:  # of two swarms
+        peer_id = report["server_rows"][0]["peer_id"]
+        reply = get(http, f"/api/v1/is_reachable/{peer_id}")
+        assert reply["success"] is True, reply
+    unknown = get(http, "/api/v1/is_reachable/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N")
+    assert unknown == {"success": False, "message": "no member of the swarm knows an address of it"}
+    assert get(http, "/api/v1/is_reachable/word", 400)["success"] is False
+
+
 def test_status_counts_the_tokens_of_the_last_minute(http: httpx.Client) -> None:
     http.post("/api/v1/generate", json={"inputs": "B", "max_new_tokens": 50})
     wait_until(lambda: get(http, "/api/status")["tokens_per_second"] > 0)

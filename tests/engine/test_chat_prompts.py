@@ -76,6 +76,33 @@ def test_all_roles_have_their_form() -> None:
     )
 
 
+@pytest.mark.parametrize("text", [" Hi th", "Hi ", "Hi\n", "你"])
+def test_an_answer_that_broke_off_is_gone_on_with(directory: Path, text: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    chat = ChatPrompt((ChatMessage("user", "Hello"), ChatMessage("assistant", text)), True)
+    templated = text_of(tokenizer, ChatEncoder(tokenizer, TEMPLATE, "").encode(chat))
+    separated = text_of(tokenizer, ChatEncoder(tokenizer, None, "###").encode(chat))
+    assert templated.endswith(f"assistant: {text}")
+    assert separated.endswith(f"###Assistant:{text if text[0] == ' ' else f' {text}'}")
+
+
+@pytest.mark.parametrize("text", ["", "  \n"])
+def test_an_answer_without_a_word_is_begun_anew(text: str) -> None:
+    encoder = ChatEncoder(TOKENIZERS["byte_level"](), None, "###")
+    chat = ChatPrompt((*QUESTION.messages, ChatMessage("assistant", text)), True)
+    assert encoder.encode(chat) == encoder.encode(QUESTION)
+
+
+def test_a_refusal_does_not_repeat_what_was_written() -> None:
+    encoder = ChatEncoder(
+        TOKENIZERS["byte_level"](), "{% for message in messages %}{{ message.content[:2] }}{% endfor %}", ""
+    )
+    chat = ChatPrompt((*QUESTION.messages, ChatMessage("assistant", "my secret")), True)
+    with pytest.raises(InvalidParameterError, match="does not appear in the chat") as refusal:
+        encoder.encode(chat)
+    assert "secret" not in refusal.value.message
+
+
 @pytest.mark.parametrize("separator", ["###", "\n", "'\"{{ 1 }}{% raw %}\\", "😀"])
 def test_any_separator_stands_for_itself(separator: str) -> None:
     tokenizer = TOKENIZERS["byte_level"]()

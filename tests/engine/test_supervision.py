@@ -19,7 +19,7 @@ from petals_chat.errors import (
     SwarmUnreachableError,
     WorkerLostError,
 )
-from petals_chat.models.stand_in import KEY, stand_in_settings
+from petals_chat.models.bundled import KEY, bundled_settings
 from petals_chat.protocol.messages import GenerationRequest
 from petals_chat.settings import Dtype, EngineSettings, ModelSettings, Settings
 
@@ -28,7 +28,7 @@ TIMEOUT_SECONDS = 60
 
 def engine_settings(data_dir: Path, *models: ModelSettings) -> Settings:
     return Settings(
-        models=models or (stand_in_settings(data_dir / "stand-in"),),
+        models=models or (bundled_settings(),),
         engine=EngineSettings(data_dir=data_dir, dtype=Dtype.FLOAT32, threads=1),
     )
 

@@ -12,7 +12,7 @@ import httpx
 from websockets.asyncio.client import connect
 
 from petals_chat.gateway.app import create_app
-from petals_chat.settings import LimitSettings, ModelSettings, ServerSettings, Settings
+from petals_chat.settings import HistorySettings, LimitSettings, ModelSettings, ServerSettings, Settings
 from tests.asgi_server import running_server
 from tests.fakes import FakeEngine
 
@@ -28,7 +28,7 @@ def settings_with(
     return Settings(
         limits=LimitSettings(**(limits or {})),
         server=ServerSettings(**(server or {})),
-        **{"models": (MODEL, PRIVATE_MODEL), **sections},
+        **{"models": (MODEL, PRIVATE_MODEL), "history": HistorySettings(enabled=False), **sections},
     )
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from petals_chat.errors import InvalidParameterError
 from petals_chat.gateway.parameters import (
     _EXPECTED,
+    AnswerParameters,
+    AttachParameters,
     GenerationParametersV1,
     GenerationParametersV2,
     SessionParameters,
     SessionReference,
+    StopParameters,
     parse,
     parse_generation,
 )
@@ -151,5 +155,13 @@ def test_a_refusal_names_the_parameter_the_value_and_what_would_be_right(
 
 
 def test_every_parameter_has_words_for_what_it_may_be() -> None:
-    kinds = (GenerationParametersV1, GenerationParametersV2, SessionParameters, SessionReference)
+    kinds: tuple[type[BaseModel], ...] = (
+        GenerationParametersV1,
+        GenerationParametersV2,
+        SessionParameters,
+        SessionReference,
+        AnswerParameters,
+        AttachParameters,
+        StopParameters,
+    )
     assert {name for kind in kinds for name in kind.model_fields} == set(_EXPECTED)

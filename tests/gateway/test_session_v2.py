@@ -10,17 +10,28 @@ from typing import Any
 import pytest
 
 from petals_chat.engine.interface import Chunk
-from petals_chat.errors import AttentionCacheFullError, PetalsChatError
+from petals_chat.errors import AttentionCacheFullError, PetalsChatError, UnknownGenerationError
+from petals_chat.gateway.answer_log import End, Failed, Piece, QueuePlace
 from petals_chat.gateway.models import ModelRegistry
 from petals_chat.gateway.session_v2 import (
     Action,
     Fail,
+    FollowAnswer,
     OpenSession,
     SendFrame,
     SessionV2,
+    StartAnswer,
     StartGeneration,
+    StopAnswer,
 )
-from petals_chat.protocol.messages import FinishReason, GenerationRequest, SamplingParameters
+from petals_chat.history.interface import Record
+from petals_chat.protocol.messages import (
+    ChatMessage,
+    ChatPrompt,
+    FinishReason,
+    GenerationRequest,
+    SamplingParameters,
+)
 from petals_chat.settings import LimitSettings
 from tests.gateway.gateways import MODEL, PRIVATE_MODEL
 
@@ -354,3 +365,141 @@ class EngineOnPaper:
             case _:
                 return False
         return True
+
+
+ANSWER: dict[str, Any] = {"type": "answer", "messages": [{"role": "user", "content": "Hello"}]}
+IDS = [f"00000000-0000-4000-8000-00000000000{number}" for number in range(3)]
+RECORD = dict(zip(("chat", "message", "parent"), IDS, strict=True))
+
+
+def answer_of(actions: list[Action]) -> StartAnswer:
+    (start,) = actions
+    assert isinstance(start, StartAnswer)
+    return start
+
+
+def test_an_answer_needs_no_session_and_is_worded_as_a_chat() -> None:
+    frame = json.dumps({**ANSWER, "model": "old/name", "do_sample": 1, "seed": 7, "max_new_tokens": 5})
+    start = answer_of(connection().receive_text(frame))
+    assert start.model.key == "org/model"
+    assert start.record is None
+    assert start.request == GenerationRequest(
+        ChatPrompt((ChatMessage("user", "Hello"),)),
+        SamplingParameters(do_sample=True, seed=7),
+        max_new_tokens=5,
+        chunk_tokens=1,
+        stop_sequences=("###", "</s>"),
+        hide_end_of_sequence=True,
+    )
+
+
+def test_an_answer_after_the_assistants_message_continues_it() -> None:
+    messages = [*ANSWER["messages"], {"role": "assistant", "content": "Hi th"}]
+    start = answer_of(connection().receive_text(json.dumps({**ANSWER, "messages": messages})))
+    assert isinstance(start.request.inputs, ChatPrompt)
+    assert start.request.inputs.continue_final_message
+
+
+def test_an_answer_may_be_recorded() -> None:
+    start = answer_of(connection().receive_text(json.dumps({**ANSWER, "record": RECORD})))
+    assert start.record == Record(*IDS)
+
+
+def test_an_answer_is_told_piece_by_piece_with_positions() -> None:
+    protocol = connection()
+    protocol.receive_text(json.dumps(ANSWER))
+    actions = [
+        *protocol.answer_started("abc"),
+        *protocol.followed(QueuePlace(2)),
+        *protocol.followed(Piece("Hi", 2, 2)),
+        *protocol.followed(End(Piece(" you", 1, 3), "stop", 7, 5)),
+    ]
+    assert frames(actions) == [
+        {"ok": True, "generation": "abc"},
+        {"ok": True, "queue_place": 2},
+        {"ok": True, "outputs": "Hi", "token_count": 2, "stop": False, "position": 2},
+        {
+            "ok": True,
+            "outputs": " you",
+            "token_count": 1,
+            "stop": True,
+            "position": 3,
+            "finish_reason": "stop",
+            "prompt_tokens": 7,
+            "cached_tokens": 5,
+        },
+    ]
+
+
+def test_an_answer_that_breaks_off_ends_the_connection() -> None:
+    protocol = connection()
+    protocol.receive_text(json.dumps(ANSWER))
+    protocol.answer_started("abc")
+    assert error_of(protocol.followed(Failed(AttentionCacheFullError()))).code == "attention_cache_full"
+    assert protocol.receive_text(json.dumps(ANSWER)) == []
+
+
+def test_attaching_names_the_answer_and_what_was_seen_of_it() -> None:
+    attach = {"type": "attach", "generation": "abc"}
+    assert connection().receive_text(json.dumps(attach)) == [FollowAnswer("abc", 0)]
+    assert connection().receive_text(json.dumps({**attach, "position": 7.0})) == [FollowAnswer("abc", 7)]
+
+
+def test_a_connection_follows_one_answer_at_a_time() -> None:
+    protocol = connection()
+    protocol.receive_text(json.dumps({"type": "attach", "generation": "abc"}))
+    assert protocol.receive_text(json.dumps({"type": "attach", "generation": "def"})) == []
+    assert protocol.receive_text(json.dumps(OPEN)) == []
+    (_, following) = protocol.followed(End(Piece("", 0, 3), "length", 0, 0))
+    assert following == FollowAnswer("def", 0)
+    (_, following) = protocol.followed(End(Piece("", 0, 3), "length", 0, 0))
+    assert following == OpenSession("org/model", 64)
+
+
+def test_stopping_waits_for_nothing() -> None:
+    protocol = connection()
+    protocol.receive_text(json.dumps(ANSWER))
+    protocol.answer_started("abc")
+    stop = json.dumps({"type": "stop", "generation": "abc"})
+    assert protocol.receive_text(stop) == [StopAnswer("abc")]
+    assert protocol.receive_text(stop) == [StopAnswer("abc")]
+
+
+def test_what_cannot_be_stopped_is_an_error_in_its_turn() -> None:
+    protocol = connection()
+    protocol.receive_text(json.dumps(ANSWER))
+    protocol.answer_started("abc")
+    assert protocol.refused(UnknownGenerationError()) == []
+    assert protocol.refused(UnknownGenerationError()) == []
+    (_, fail) = protocol.followed(End(Piece("", 0, 3), "length", 0, 0))
+    assert error_of([fail]).code == "unknown_generation"
+
+
+@pytest.mark.parametrize(
+    ("frame", "code", "part"),
+    [
+        ({"type": "answer"}, "invalid_parameter", "messages: it is missing"),
+        ({**ANSWER, "messages": []}, "invalid_parameter", "messages: "),
+        ({**ANSWER, "messages": [{}] * 5000}, "invalid_parameter", "messages: "),
+        ({**ANSWER, "messages": [{"role": "cat", "content": "Miau"}]}, "invalid_parameter", "messages: "),
+        ({**ANSWER, "messages": [{"role": "user", "content": None}]}, "invalid_parameter", "messages: "),
+        ({**ANSWER, "model": "org/private"}, "model_not_public", "org/private"),
+        ({**ANSWER, "model": "no/such"}, "unknown_model", "no/such"),
+        ({**ANSWER, "temperature": -1}, "invalid_parameter", "temperature: "),
+        ({**ANSWER, "max_new_tokens": 0}, "invalid_parameter", "max_new_tokens: "),
+        ({**ANSWER, "record": "x"}, "invalid_parameter", "record: "),
+        ({**ANSWER, "record": {**RECORD, "chat": "x"}}, "invalid_parameter", "record: "),
+        ({**ANSWER, "record": {"chat": IDS[0]}}, "invalid_parameter", "record: "),
+        ({"type": "attach"}, "invalid_parameter", "generation: it is missing"),
+        ({"type": "attach", "generation": "abc", "position": -1}, "invalid_parameter", "position: "),
+        ({"type": "attach", "generation": 5}, "invalid_parameter", "generation: "),
+        ({"type": "stop"}, "invalid_parameter", "generation: it is missing"),
+    ],
+)
+def test_a_bad_frame_about_an_answer_gets_an_error_that_names_the_reason(
+    frame: dict[str, Any], code: str, part: str
+) -> None:
+    error = error_of(connection().receive_text(json.dumps(frame)))
+    assert error.code == code
+    assert part in error.message
+    assert len(error.message) < 300

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers import Gemma2Config
 
 from petals_chat.errors import ConfigurationError
+from petals_chat.head import modules as modules_module
 from petals_chat.head.modules import load_client_modules
 from petals_chat.models.checkpoint import open_checkpoint
 from petals_chat.swarm.families import supported_model_types
@@ -120,6 +121,28 @@ def test_weights_in_their_own_precision_stay_mapped_from_the_file(tmp_path: Path
     ]
     for tensor in (modules.embeddings, modules.head):
         assert any(start <= tensor.data_ptr() < end for start, end in ranges)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_16_bit_weights_may_stay_as_they_are_where_this_computes_in_float32(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modules_module, "HEAD_BLOCK", 64)  # 300 rows in 5 blocks
+    build(name, torch.bfloat16).save_pretrained(tmp_path)
+    model = build(name, torch.float32).from_pretrained(tmp_path, dtype=torch.float32)
+    modules = load_client_modules(open_checkpoint(str(tmp_path), None), device=CPU, dtype=torch.float32)
+    assert modules.embeddings.dtype is modules.head.dtype is torch.bfloat16
+    assert modules.dtype is torch.float32
+    blocks = model.model.layers if hasattr(model, "model") else model.transformer.h
+    outputs: list[torch.Tensor] = []
+    blocks[-1].register_forward_hook(
+        lambda _, args, output: outputs.append(output[0] if isinstance(output, tuple) else output)
+    )
+    with torch.inference_mode():
+        expected = model(torch.tensor([TOKENS])).logits[0]
+        assert modules.embed(TOKENS).dtype is torch.float32
+        logits = modules.logits(outputs[0].reshape(len(TOKENS), -1))
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_checkpoint_without_the_tensors_is_refused_with_their_names(tmp_path: Path) -> None:

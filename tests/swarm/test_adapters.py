@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from petals_chat.errors import ConfigurationError
-from petals_chat.swarm.adapters import LoraLinear, load_peft, using_adapter
+from petals_chat.swarm.adapters import LoraLinear, add_adapter_to_block, load_peft, using_adapter
 
 PLAIN = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
 
@@ -55,6 +55,25 @@ def test_an_adapter_without_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(PLAIN))
     with pytest.raises(ConfigurationError, match=r"adapter_model\.safetensors"):
         load_peft(str(tmp_path), block_idx=0)
+
+
+def test_adapters_of_experts_are_refused(tmp_path: Path) -> None:
+    key = "base_model.model.model.layers.0.mlp.experts.3.gate_proj.lora_A.weight"
+    save_file({key: torch.zeros(2, 2)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(PLAIN))
+    with pytest.raises(ConfigurationError, match=r"changes the experts of a mixture \(.*experts\.3"):
+        load_peft(str(tmp_path), block_idx=0)
+
+
+@pytest.mark.parametrize("path", ["mlp.none", "norm"])
+def test_an_adapter_that_changes_no_linear_layer_is_refused(path: str) -> None:
+    shard = torch.nn.Module()
+    shard.mlp, shard.norm = torch.nn.Module(), torch.nn.LayerNorm(2)
+    block = torch.nn.Module()
+    block.module_shards = torch.nn.ModuleList([shard])
+    tensors = {f"{path}.lora_{part}.weight": torch.zeros(2, 2) for part in "AB"}
+    with pytest.raises(ConfigurationError, match=f"adapter mine: it changes {path}"):
+        add_adapter_to_block(block, 0, "mine", PLAIN, tensors)
 
 
 def test_only_the_active_adapter_counts() -> None:

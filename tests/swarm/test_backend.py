@@ -59,3 +59,22 @@ def test_loading_stops_when_it_is_interrupted(tiny_model: Callable[[str], Path])
         server.load_pretrained_block(
             str(directory), 0, config=swarm_config(directory), torch_dtype=torch.float32
         )
+
+
+def test_petals_can_measure_the_throughput_of_a_block(tiny_model: Callable[[str], Path]) -> None:
+    from petals.server.throughput import measure_compute_rps
+    from petals.utils.convert_block import QuantType
+
+    device = torch.device("cpu")
+    for inference in (True, False):
+        tokens_per_second = measure_compute_rps(
+            swarm_config(tiny_model("llama")),
+            device,
+            torch.float32,
+            quant_type=QuantType.NONE,
+            tensor_parallel_devices=(device,),
+            n_tokens=4,
+            n_steps=2,
+            inference=inference,
+        )
+        assert tokens_per_second > 0

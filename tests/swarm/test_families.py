@@ -3,7 +3,7 @@
 import functools
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,11 @@ from tests.tiny_tokenizers import save_tokenizer
 
 CPU = torch.device("cpu")
 PROMPTS = [
-    [(seed * i * i + 31 * i) % 512 for i in range(length)] for seed, length in ((7, 40), (3, 5), (11, 150))
+    [(seed * i * i + 31 * i) % 512 for i in range(length)]
+    for seed, length in ((7, 40), (3, 5), (11, 150), (13, 1), (5, 65), (17, 33))
 ]
-"""One fits into the models' windows; one is longer than a window and than a step of the client's."""
+"""Some fit into the models' windows; one is longer than a window, than a step of the client's, and than the pieces in
+which a host computes steps."""
 CLIENT_STEP_TOKENS = 64
 SERVED_KINDS = {kind.model_type: name for name, kind in KINDS.items()}
 """For each family the last of its kinds, the one that differs most from the others."""
@@ -37,22 +39,48 @@ NEW_TOKENS = 24
 pytestmark = pytest.mark.usefixtures("petals")
 
 
-def run_blocks(directory: Path, hidden_states: torch.Tensor, pieces: list[int]) -> torch.Tensor:
-    """Send [batch, length, hidden] through the blocks as a host runs them, in pieces of these lengths."""
+def run_blocks(
+    directory: Path, sequences: Sequence[torch.Tensor], turns: list[list[int]]
+) -> list[torch.Tensor]:
+    """Send sequences [rows, length, hidden] through the blocks as a host runs them.
+
+    Args:
+        turns: for each batch, how many tokens of each sequence are in it.
+    """
     from petals_chat.swarm.backend import load_block
-    from petals_chat.swarm.blocks import KeysValues
+    from petals_chat.swarm.blocks import Batch, KeysValues, Piece
 
     checkpoint = open_checkpoint(str(directory))
     config = swarm_config(directory)
-    for index in range(checkpoint.num_blocks):
-        block = load_block(checkpoint, index, config, torch.float32)
-        past = KeysValues.with_room(torch.empty(0, 0, 0), torch.empty(0, 0, 0), room=hidden_states.shape[1])
-        outputs = []
-        for piece in torch.split(hidden_states, pieces, dim=1):
-            output, past = block(piece, layer_past=past, use_cache=True)
-            outputs.append(output)
-        hidden_states = torch.cat(outputs, dim=1)
-    return hidden_states
+    blocks: list[Any] = [
+        load_block(checkpoint, n, config, torch.float32) for n in range(checkpoint.num_blocks)
+    ]
+    shape = families.key_value_heads(config), families.head_size(config)
+    caches = [
+        [
+            KeysValues(*(torch.full((rows, shape[0], length + 3, shape[1]), torch.nan) for _ in range(2)))
+            for rows, length, _ in (sequence.shape for sequence in sequences)
+        ]
+        for _ in blocks
+    ]
+    done = [0] * len(sequences)
+    outputs: list[list[torch.Tensor]] = [[] for _ in sequences]
+    for lengths in turns:
+        members = [n for n, length in enumerate(lengths) if length]
+        pieces = [
+            Piece(done[n], lengths[n], room=sequences[n].shape[1], rows=sequences[n].shape[0])
+            for n in members
+        ]
+        states = [sequences[n][:, done[n] : done[n] + lengths[n]].flatten(0, 1) for n in members]
+        hidden_states, batch = torch.cat(states)[None], Batch(pieces, CPU)
+        for block, of_block in zip(blocks, caches, strict=True):
+            hidden_states = block.step(hidden_states, batch, [of_block[n] for n in members])
+        for n, piece, output in zip(
+            members, pieces, torch.split(hidden_states[0], [piece.tokens for piece in pieces]), strict=True
+        ):
+            outputs[n].append(output.view(piece.rows, piece.length, -1))
+            done[n] += piece.length
+    return [torch.cat(parts, dim=1) for parts in outputs]
 
 
 def swarm_config(directory: Path) -> transformers.PretrainedConfig:
@@ -83,13 +111,35 @@ def test_blocks_compute_what_transformers_computes(
 ) -> None:
     directory = tiny_model(kind)
     prompt = PROMPTS[2][:80]
-    prompts = torch.tensor([prompt, prompt[::-1]])  # a batch shows a mix-up of rows
+    two_rows = torch.tensor([prompt, prompt[::-1]])  # a mix-up of rows would show
+    prompts = [two_rows, torch.tensor([PROMPTS[0]]), torch.tensor([PROMPTS[2]])]
     ends = load_client_modules(open_checkpoint(str(directory)), device=CPU, dtype=torch.float32)
-    embeddings = torch.cat([ends.embed(tokens) for tokens in prompts.tolist()])
-    expected = reference(kind)(prompts).logits
-    for pieces in ([80], [9, 40, 1, 1, 29]):
-        logits = ends.logits(run_blocks(directory, embeddings, pieces))
-        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    embeddings = [torch.cat([ends.embed(row) for row in tokens.tolist()]) for tokens in prompts]
+    outputs = run_blocks(
+        directory,
+        embeddings,
+        # long and short pieces beside single tokens, sessions that come later, rest and end earlier
+        [[9, 40, 0], [40, 0, 100], [1, 0, 1], [1, 0, 1], [29, 0, 1], [0, 0, 46], [0, 0, 1]],
+    )
+    for tokens, output in zip(prompts, outputs, strict=True):
+        torch.testing.assert_close(ends.logits(output), reference(kind)(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", SERVED_KINDS.values())
+@torch.no_grad()
+def test_blocks_without_caches_compute_what_transformers_computes(
+    tiny_model: Callable[[str], Path], reference: Callable[[str], Any], kind: str
+) -> None:
+    from petals_chat.swarm.backend import load_block
+
+    checkpoint = open_checkpoint(str(tiny_model(kind)))
+    config = swarm_config(tiny_model(kind))
+    prompts = torch.tensor([PROMPTS[0], PROMPTS[0][::-1]])
+    ends = load_client_modules(checkpoint, device=CPU, dtype=torch.float32)
+    states = torch.cat([ends.embed(row) for row in prompts.tolist()])
+    for index in range(checkpoint.num_blocks):
+        (states,) = load_block(checkpoint, index, config, torch.float32)(states)
+    torch.testing.assert_close(ends.logits(states), reference(kind)(prompts).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

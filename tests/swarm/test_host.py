@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from petals_chat.swarm.join_token import JoinToken, decode_token, encode_token
 from tests.swarm.conftest import AskClient
 from tests.swarm_processes import STOP_TIMEOUT_SECONDS, HostProcess, running_host
 from tests.tiny_models import greedy_tokens, load_reference
@@ -25,6 +26,7 @@ PROMPTS = [
     [(seed * i * i + 31 * i) % 512 for i in range(length)] for seed, length in ((7, 40), (3, 5), (11, 150))
 ]
 NEW_TOKENS = 24
+NOBODY = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWDf3X6jWcvvVjk4FmRsxxjNdjVzKbZBtkpph67men6VX4"
 
 
 @contextlib.contextmanager
@@ -81,6 +83,9 @@ def test_the_ready_line_says_what_is_served_and_where(
     assert (ready.dtype, ready.device) == ("float32", "cpu")
     assert ready.dht_prefix == "tiny-llama31-v1-hf"
     assert ready.peers[0].startswith("/ip4/127.0.0.1/tcp/")
+    assert ready.join_token is not None
+    token = decode_token(ready.join_token)
+    assert (token.name, token.peers) == (ready.dht_prefix, ready.peers)
 
 
 def free_port() -> int:
@@ -111,7 +116,10 @@ def test_a_busy_host_stops_on_sigterm_and_comes_back_at_the_same_address(
     lines, errors = _host_until_ctrl_c(model, *arguments)
     assert lines[0].startswith("Loading blocks 0:4 of ")
     assert lines[1] == "Serving blocks 0:4 of 4. Ctrl-C stops."
-    assert lines[3].endswith(f"--initial-peers {address}")
+    token = lines[3].split(" --join ")[1]
+    assert lines[3] == f"    petals-chat host DIRECTORY --join {token}"
+    assert decode_token(token).peers == (address,)
+    assert lines[7] == f'    initial_peers = ["{address}"]'
     assert errors == ""
 
 
@@ -128,7 +136,7 @@ def _host_until_ctrl_c(model: Path, *arguments: str) -> tuple[list[str], str]:
         start_new_session=True,
     ) as host:
         assert host.stdout is not None
-        lines = [host.stdout.readline().rstrip() for _ in range(6)]
+        lines = [host.stdout.readline().rstrip() for _ in range(8)]
         os.killpg(host.pid, signal.SIGINT)  # as a terminal does
         errors = host.communicate(timeout=STOP_TIMEOUT_SECONDS)[1]
     assert host.returncode == 0
@@ -173,13 +181,22 @@ def test_a_parent_reads_why_a_host_cannot_start(tmp_path: Path) -> None:
         assert line is not None
         assert line["error"]["code"] == "invalid_configuration"
         assert "nowhere does not exist" in line["error"]["message"]
-        assert host.wait() != 0
+        assert host.wait() == 2
+        assert host.stderr() == ""  # the parent tells it
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{llama}"], "one of the arguments --new-swarm --initial-peers --public is required"),
+        ([], "name the MODEL to serve, or the swarm to join with --join TOKEN"),
+        (["{llama}", "--join=abc"], "this is no join token"),
+        (["{llama}", "--join={token}", "--public"], "not allowed with"),
+        (["--join={token}", "--dht-prefix=other"], "--dht-prefix: the join token says it already"),
+        (["{llama}", "--relay=always"], "only the public swarm has members that relay"),
+        (["{llama}", "--public-ip=192.0.2.1"], "--public-ip needs a fixed --port"),
+        (["{llama}", "--blocks=0:2", "--num-blocks=2"], "not allowed with"),
+        (["{llama}", "--memory=much"], "'much' is not a size like 12GiB"),
+        (["{llama}", "--memory=300kB"], "not even one block fits: it takes "),
         (["{llama}", "--new-swarm", "--public"], "not allowed with"),
         (["/no/such/directory", "--new-swarm"], "/no/such/directory does not exist"),
         (["{other}", "--new-swarm"], "cannot serve models of type 'gpt_neox'"),
@@ -200,7 +217,12 @@ def test_what_cannot_be_served_is_refused_with_the_reason(
     (other / "config.json").write_text('{"model_type": "gpt_neox", "num_hidden_layers": 2}')
     save_file({"weight": torch.zeros(1)}, other / "model.safetensors")
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        values = {"llama": tiny_model("llama"), "other": other, "port": listening.getsockname()[1]}
+        values = {
+            "llama": tiny_model("llama"),
+            "other": other,
+            "port": listening.getsockname()[1],
+            "token": encode_token(JoinToken("name", bytes(8), (NOBODY,))),
+        }
         result = _run_host(*(argument.format(**values) for argument in arguments))
     assert result.returncode == 2
     assert message in result.stderr
@@ -208,10 +230,9 @@ def test_what_cannot_be_served_is_refused_with_the_reason(
 
 
 def test_initial_peers_that_do_not_answer_are_named(tiny_model: Callable[[str], Path]) -> None:
-    peer = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWDf3X6jWcvvVjk4FmRsxxjNdjVzKbZBtkpph67men6VX4"
-    result = _run_host(str(tiny_model("llama")), "--initial-peers", peer)
+    result = _run_host(str(tiny_model("llama")), "--initial-peers", NOBODY)
     assert result.returncode == 1
-    assert result.stderr.startswith(f"petals-chat: none of the initial peers can be reached: {peer} (")
+    assert result.stderr.startswith(f"petals-chat: none of the initial peers can be reached: {NOBODY} (")
     assert len(result.stderr.splitlines()) == 1
 
 

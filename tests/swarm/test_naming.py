@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from petals_chat.swarm.naming import default_dht_prefix
+from petals_chat.swarm.naming import default_dht_prefix, is_peer_id
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,22 @@ def test_a_directory_is_named_like_a_repository_of_its_last_part(
     directory = tmp_path / "my model.v1.5"
     directory.mkdir()
     assert default_dht_prefix(model_type, f"{directory}/") == prefix
+
+
+@pytest.mark.parametrize(
+    "peer_id",
+    [
+        "12D3KooWHQ73vpdGi26dkTMyf3zarCVW5iN7We6XvyDfDDGk9Mbz",
+        "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N",
+    ],
+)
+def test_peer_ids_of_both_kinds_are_known(peer_id: str) -> None:
+    assert is_peer_id(peer_id)
+    assert not is_peer_id(peer_id[:-1])
+    assert not is_peer_id(peer_id + "1")
+    assert not is_peer_id(f" {peer_id}")
+
+
+@pytest.mark.parametrize("text", ["", "hello", "1" * 46, "0" * 46, "é" * 46, "Q" * 10**6])
+def test_other_texts_are_no_peer_ids(text: str) -> None:
+    assert not is_peer_id(text)

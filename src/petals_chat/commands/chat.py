@@ -22,7 +22,8 @@ _HELP = """\
 Ctrl-C stops an answer; Ctrl-C or Ctrl-D at the prompt leaves."""
 _STATE_WORDS = {
     "loading": "still loading",
-    "broken": "incomplete: nobody runs some of its parts",
+    "full": "full: answers wait in a queue",
+    "broken": "broken: nobody runs some of its parts",
     "unavailable": "not running",
 }
 

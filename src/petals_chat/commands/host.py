@@ -1,4 +1,4 @@
-"""``petals-chat host MODEL``: serve blocks of a model to a Petals swarm, until Ctrl-C."""
+"""``petals-chat host``: serve blocks of a model to a Petals swarm, until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -7,15 +7,26 @@ import ipaddress
 from pathlib import Path
 from typing import Any
 
+from petals_chat.errors import ConfigurationError
 from petals_chat.settings import Device, Dtype, Settings
-from petals_chat.swarm.host_options import HostOptions, Quantization
+from petals_chat.swarm.host_options import HostOptions, Quantization, Relay
+from petals_chat.swarm.join_token import JoinToken, decode_token, is_address
+from petals_chat.swarm.sizes import parse_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command; none of them is a setting."""
-    parser.add_argument("model", metavar="MODEL", help="hub name or local directory of the model")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="hub name or local directory of the model; may be left out with --join",
+    )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    _add_swarm_arguments(parser.add_argument_group("swarm (one of the first three is needed)"))
+    parser.add_argument(
+        "--json", action="store_true", help="print one line of JSON when the host serves, and nothing else"
+    )
+    _add_swarm_arguments(parser.add_argument_group("swarm (one of the first four; default: --new-swarm)"))
     _add_block_arguments(parser.add_argument_group("blocks"))
     _add_network_arguments(parser.add_argument_group("network"))
     # For a parent process that supervises the host.
@@ -31,13 +42,17 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """
     from petals_chat.swarm.host import serve_host
 
+    _require_possible_combination(arguments)
     return serve_host(
         HostOptions(
             model=arguments.model,
             revision=arguments.revision,
             initial_peers="public" if arguments.public else tuple(arguments.initial_peers),
+            join=arguments.join,
             dht_prefix=arguments.dht_prefix,
             blocks=arguments.blocks,
+            num_blocks=arguments.num_blocks,
+            memory_bytes=arguments.memory,
             device=arguments.device,
             dtype=arguments.dtype,
             quantization=arguments.quantization,
@@ -46,9 +61,12 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
             max_session_length=arguments.max_session_length,
             address=arguments.address,
             port=arguments.port,
+            public_ip=arguments.public_ip,
+            relay=arguments.relay,
             identity=arguments.identity,
             name=arguments.name,
             threads=arguments.threads,
+            json=arguments.json,
             debug=settings.server.log_level == "debug",
             ready_fd=arguments.ready_fd,
             exit_with_stdin=arguments.exit_with_stdin,
@@ -56,9 +74,31 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     )
 
 
+def _require_possible_combination(arguments: argparse.Namespace) -> None:
+    if arguments.model is None and arguments.join is None:
+        raise ConfigurationError("name the MODEL to serve, or the swarm to join with --join TOKEN")
+    if arguments.join and arguments.dht_prefix:
+        raise ConfigurationError("--dht-prefix: the join token says it already")
+    if arguments.relay is not Relay.AUTO and not arguments.public:
+        raise ConfigurationError(
+            "--relay: only the public swarm has members that relay. In a private one, let the router pass a port on to "
+            "this machine, and name the router's address with --public-ip"
+        )
+    if arguments.public_ip and not arguments.port:
+        raise ConfigurationError(
+            "--public-ip needs a fixed --port, which the router or firewall lets through"
+        )
+
+
 def _add_swarm_arguments(group: Any) -> None:
-    swarm = group.add_mutually_exclusive_group(required=True)
+    swarm = group.add_mutually_exclusive_group()
     swarm.add_argument("--new-swarm", action="store_true", help="begin a private swarm")
+    swarm.add_argument(
+        "--join",
+        type=_join_token,
+        metavar="TOKEN",
+        help="join the private swarm of the host that printed this token, and serve its model",
+    )
     swarm.add_argument(
         "--initial-peers",
         nargs="+",
@@ -78,11 +118,20 @@ def _add_swarm_arguments(group: Any) -> None:
 
 
 def _add_block_arguments(group: Any) -> None:
-    group.add_argument(
+    blocks = group.add_mutually_exclusive_group()
+    blocks.add_argument(
         "--blocks",
         type=_blocks,
         metavar="START:END",
-        help="serve the blocks from START up to, not including, END (default: all; on a GPU as many as fit)",
+        help="serve the blocks from START up to, not including, END (default: as many as fit into the memory, those "
+        "that the swarm needs most)",
+    )
+    blocks.add_argument("--num-blocks", type=_positive, metavar="N", help="serve at most N blocks")
+    group.add_argument(
+        "--memory",
+        type=_size,
+        metavar="SIZE",
+        help="memory for blocks and attention caches, like 12GiB (default: what is free, less a margin)",
     )
     group.add_argument("--device", choices=list(Device), type=Device, default=Device.AUTO)
     group.add_argument("--dtype", choices=list(Dtype), type=Dtype, default=Dtype.AUTO)
@@ -103,9 +152,9 @@ def _add_block_arguments(group: Any) -> None:
     group.add_argument(
         "--cache-tokens",
         type=_positive,
-        default=16384,
         metavar="N",
-        help="room of the attention caches, all sessions together (default: %(default)s tokens)",
+        help="tokens that the attention caches have room for, all sessions together (default: 16384, less if the "
+        "memory is short, more on a GPU that has it)",
     )
     group.add_argument(
         "--max-session-length",
@@ -131,6 +180,20 @@ def _add_network_arguments(group: Any) -> None:
         help="IP address to listen on (default: all IPv4 addresses of this machine)",
     )
     group.add_argument("--port", type=_port, default=0, help="TCP port (default: any free one)")
+    group.add_argument(
+        "--public-ip",
+        type=_ip_address,
+        metavar="IP",
+        help="IP address at which others reach the port, if it belongs to a router in front of this machine",
+    )
+    group.add_argument(
+        "--relay",
+        choices=list(Relay),
+        type=Relay,
+        default=Relay.AUTO,
+        help="in the public swarm, be reached by way of other members, from behind a NAT or firewall (default: if a "
+        "test finds that there is no direct way)",
+    )
     group.add_argument(
         "--identity",
         type=Path,
@@ -160,8 +223,22 @@ def _ip_address(text: str) -> str:
         raise argparse.ArgumentTypeError(f"{text!r} is not an IP address") from None
 
 
+def _join_token(text: str) -> JoinToken:
+    try:
+        return decode_token(text)
+    except ConfigurationError as error:
+        raise argparse.ArgumentTypeError(error.message) from None
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 12GiB or 800MB") from None
+
+
 def _multiaddress(text: str) -> str:
-    if not text.startswith("/") or "/p2p/" not in text:
+    if not is_address(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not like /ip4/192.0.2.1/tcp/31337/p2p/QmPeer")
     return text
 

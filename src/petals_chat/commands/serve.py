@@ -13,7 +13,6 @@ import uvloop
 
 from petals_chat import __version__
 from petals_chat.asgi import configure_logging, with_models
-from petals_chat.engine.interface import ModelState
 from petals_chat.engine.supervisor import ProcessEngine
 from petals_chat.errors import ConfigurationError
 from petals_chat.gateway.app import create_app
@@ -31,7 +30,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """Serve until interrupted.
 
     Raises:
-        ConfigurationError: the address cannot be listened on.
+        ConfigurationError: the address cannot be listened on, or the history's database cannot be used.
     """
     configure_logging(settings.server.log_level)
     with _listen(settings.server.host, settings.server.port) as listening:
@@ -41,6 +40,11 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 async def _serve(settings: Settings, listening: socket.socket) -> None:
+    if settings.history.enabled:
+        # Here, since a gateway without history does not need the database's libraries.
+        from petals_chat.history.history import check_database
+
+        await check_database(settings.history, settings.engine.data_dir)
     engine = ProcessEngine(settings)
     server = uvicorn.Server(uvicorn_config(create_app(settings, engine, lifespan=engine), settings))
     announcement = asyncio.create_task(_announce(engine, _url(listening, settings.server.root_path)))
@@ -54,7 +58,7 @@ async def _serve(settings: Settings, listening: socket.socket) -> None:
 async def _announce(engine: ProcessEngine, url: str) -> None:
     """Say when there is something to chat with. The page is there before, and says that models load."""
     await engine.wait_until_settled()
-    not_ready = [key for key, status in engine.statuses.items() if status.state is not ModelState.READY]
+    not_ready = [key for key, status in engine.statuses.items() if not status.state.can_answer]
     if not_ready:
         logger.warning("Not ready: %s", ", ".join(not_ready))
     logger.info("Open %s (Ctrl-C stops)", url)

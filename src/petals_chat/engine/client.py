@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from petals_chat.engine.interface import Chunk
 from petals_chat.errors import WorkerLostError, error_from_report
@@ -12,20 +12,32 @@ from petals_chat.protocol.framing import FrameDecoder, encode_frame
 from petals_chat.protocol.messages import (
     AcknowledgeChunks,
     Cancel,
+    ChatPrompt,
+    CheckReachability,
     ChunkGenerated,
     CloseSession,
     Command,
+    DecodeTokens,
+    DescribeTokenizer,
+    EncodedText,
+    EncodeText,
     Event,
     Generate,
     GenerationQueued,
     GenerationRequest,
     GiveBackCaches,
     OpenSession,
+    Reachability,
+    ReachabilityChecked,
     RequestFailed,
     SessionClosed,
     SessionOpened,
     StartWorker,
     StatusReported,
+    TextEncoded,
+    TokenizerDescribed,
+    TokenizerDescription,
+    TokensDecoded,
     WorkerFailed,
     WorkerStarted,
     decode_event,
@@ -36,7 +48,17 @@ READ_BYTES = 1 << 16
 WINDOW_CHUNKS = 16
 """Chunks of one generation that may be on their way: enough to hide the socket's delay, little to buffer."""
 
-Answer = SessionOpened | SessionClosed | ChunkGenerated | GenerationQueued | RequestFailed
+Answer = (
+    SessionOpened
+    | SessionClosed
+    | ChunkGenerated
+    | GenerationQueued
+    | TextEncoded
+    | TokensDecoded
+    | TokenizerDescribed
+    | ReachabilityChecked
+    | RequestFailed
+)
 
 
 class WorkerConnection:
@@ -113,6 +135,34 @@ class WorkerConnection:
             request_id = next(self._request_ids)
             await self._ask(CloseSession(request_id, session_id), request_id)
 
+    async def encode(self, inputs: str | ChatPrompt, *, add_special_tokens: bool) -> EncodedText:
+        """See `petals_chat.engine.interface.EngineTokenizer.encode`."""
+        request_id = next(self._request_ids)
+        answer = await self._ask(EncodeText(request_id, inputs, add_special_tokens), request_id)
+        assert isinstance(answer, TextEncoded)
+        return answer.text
+
+    async def decode(self, tokens: Sequence[int]) -> str:
+        """See `petals_chat.engine.interface.EngineTokenizer.decode`."""
+        request_id = next(self._request_ids)
+        answer = await self._ask(DecodeTokens(request_id, tuple(tokens)), request_id)
+        assert isinstance(answer, TokensDecoded)
+        return answer.text
+
+    async def describe(self) -> TokenizerDescription:
+        """See `petals_chat.engine.interface.EngineTokenizer.describe`."""
+        request_id = next(self._request_ids)
+        answer = await self._ask(DescribeTokenizer(request_id), request_id)
+        assert isinstance(answer, TokenizerDescribed)
+        return answer.description
+
+    async def check_reachability(self, peer_id: str) -> Reachability:
+        """See `petals_chat.engine.interface.SwarmEngine.check_reachability`."""
+        request_id = next(self._request_ids)
+        answer = await self._ask(CheckReachability(request_id, peer_id), request_id)
+        assert isinstance(answer, ReachabilityChecked)
+        return answer.reachability
+
     async def generate(self, session_id: str, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         """Generate in a session; see `petals_chat.engine.interface.EngineSession.generate`."""
         request_id = next(self._request_ids)
@@ -138,6 +188,7 @@ class WorkerConnection:
                     answer.prompt_tokens,
                     answer.cached_tokens,
                     logprobs=answer.logprobs,
+                    prompt_logprobs=answer.prompt_logprobs,
                 )
                 unacknowledged += 1
                 if unacknowledged >= WINDOW_CHUNKS // 2 and not ended:
@@ -148,7 +199,7 @@ class WorkerConnection:
             if not ended and not self._lost:
                 self._send(Cancel(request_id))
 
-    async def _ask(self, command: Command, request_id: int) -> None:
+    async def _ask(self, command: Command, request_id: int) -> Answer:
         answers = self._expect_answers(request_id)
         try:
             self._send(command)
@@ -157,6 +208,7 @@ class WorkerConnection:
             del self._answers[request_id]
         if isinstance(answer, RequestFailed):
             raise error_from_report(answer.error)
+        return answer
 
     def _expect_answers(self, request_id: int) -> asyncio.Queue[Answer]:
         if self._lost:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import torch
@@ -83,6 +83,10 @@ class Swarm:
         self.counts = Counts()
 
 
+OnOutputs = Callable[[int, torch.Tensor], Awaitable[None]]
+"""Takes the position of a piece's first token, and the hidden states [tokens, hidden_size] for the piece."""
+
+
 class Context:
     """A token history of at most ``max_length`` tokens; one user at a time.
 
@@ -94,6 +98,8 @@ class Context:
         self.tokens: list[int] = []
         self.owner = owner
         self.max_length = max_length
+        self.on_outputs: OnOutputs | None = None
+        """Awaited with each piece that came out of the swarm; a replay may bring a piece again."""
         self._swarm = swarm
         self._caches: SwarmSession | None = None
         self._tokens_sent = 0
@@ -199,4 +205,6 @@ class Context:
         counts.tokens_processed += end - start
         counts.tokens_replayed += max(0, min(end, self._tokens_sent) - start)
         self._tokens_sent = max(self._tokens_sent, end)
+        if self.on_outputs is not None:
+            await self.on_outputs(start, outputs[0])
         return outputs

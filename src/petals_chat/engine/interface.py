@@ -6,16 +6,21 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
 
 from petals_chat.errors import ErrorReport
 from petals_chat.protocol.messages import (
+    ChatPrompt,
+    EncodedText,
     FinishReason,
     GenerationRequest,
+    Reachability,
     StatusReported,
+    SwarmStatus,
+    TokenizerDescription,
     TokenLogprobs,
     WorkerStarted,
 )
@@ -37,6 +42,8 @@ class Chunk(msgspec.Struct, frozen=True):
     """1 = next."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One for each token, if they were asked for."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each of the next tokens of the prompt, if they were asked for; they come before all text."""
 
 
 class ModelState(enum.StrEnum):
@@ -44,10 +51,17 @@ class ModelState(enum.StrEnum):
 
     LOADING = "loading"
     READY = "ready"
+    FULL = "full"
+    """It answers, but the servers' attention caches are in use: generations wait for room."""
     BROKEN = "broken"
     """Blocks are missing in the swarm."""
     UNAVAILABLE = "unavailable"
     """Its worker cannot start, or ended and is being restarted."""
+
+    @property
+    def can_answer(self) -> bool:
+        """Whether a generation that begins now will have an answer."""
+        return self in (ModelState.READY, ModelState.FULL)
 
 
 class ModelStatus(msgspec.Struct, frozen=True):
@@ -59,6 +73,13 @@ class ModelStatus(msgspec.Struct, frozen=True):
     missing_blocks: tuple[int, ...] = ()
     worker: WorkerStarted | None = None
     report: StatusReported | None = None
+    join_command: str | None = None
+    """With which another machine adds itself to the swarm; None if that is not for everybody to know."""
+
+    @property
+    def swarm(self) -> SwarmStatus:
+        """The servers, as far as they are known."""
+        return self.report.swarm if self.report else SwarmStatus()
 
 
 class EngineSession(Protocol):
@@ -85,6 +106,33 @@ class EngineSession(Protocol):
         """Free the session everywhere, ending what runs in it. Closing twice is no error."""
 
 
+class EngineTokenizer(Protocol):
+    """What a model's tokenizer knows.
+
+    Everything here raises `ModelLoadingError` or `ModelUnavailableError` if there is no worker to ask.
+    """
+
+    async def encode(self, inputs: str | ChatPrompt, *, add_special_tokens: bool) -> EncodedText:
+        """Token ids of a text, or of a chat as the model gets it.
+
+        Args:
+            add_special_tokens: whether a text begins with its special tokens (BOS); a chat's template says it itself.
+
+        Raises:
+            InvalidParameterError: the model's chat template refuses the chat.
+        """
+
+    async def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids, special tokens included.
+
+        Raises:
+            InvalidParameterError: there is no such token id.
+        """
+
+    async def describe(self) -> TokenizerDescription:
+        """What the tokenizer is."""
+
+
 class Engine(Protocol):
     """All served models."""
 
@@ -104,4 +152,18 @@ class Engine(Protocol):
         Raises:
             ModelLoadingError, ModelUnavailableError: there is no worker to open it.
             MaximumLengthExceededError: more tokens than the model allows.
+        """
+
+    def tokenizer(self, model_key: str) -> EngineTokenizer:
+        """The model's tokenizer."""
+
+
+class SwarmEngine(Engine, Protocol):
+    """An engine that is a member of the models' swarms."""
+
+    async def check_reachability(self, peer_id: str) -> Reachability:
+        """Ask any member of the swarms for a sign of life; takes some seconds at most.
+
+        Raises:
+            ModelLoadingError, ModelUnavailableError: there is no worker to ask from.
         """

@@ -7,16 +7,19 @@ from typing import Protocol
 
 import torch
 
-from petals_chat.engine.contexts import Context, Swarm
+from petals_chat.engine.contexts import Context, OnOutputs, Swarm
 from petals_chat.engine.prefixes import PrefixStore
 from petals_chat.engine.rooms import Applicant
 from petals_chat.engine.tokenizer import Tokenizer
 from petals_chat.errors import InvalidParameterError, MaximumLengthExceededError
 from petals_chat.generation.detokenize import IncrementalDetokenizer
-from petals_chat.generation.sampling import TokenSampler
+from petals_chat.generation.sampling import Logprobs, TokenSampler
 from petals_chat.generation.stopping import StopMatcher
 from petals_chat.head.batcher import HeadBatcher
-from petals_chat.protocol.messages import FinishReason, GenerationRequest, TokenLogprobs
+from petals_chat.protocol.messages import FinishReason, GenerationRequest, SamplingParameters, TokenLogprobs
+
+PROMPT_LOGPROBS_PER_CHUNK = 128
+"""Keeps messages to the gateway small."""
 
 
 class ChunkConsumer(Applicant, Protocol):
@@ -36,6 +39,7 @@ class ChunkConsumer(Applicant, Protocol):
         finish_reason: FinishReason | None,
         usage: Usage,
         logprobs: tuple[TokenLogprobs, ...] = (),
+        prompt_logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> None:
         """Take a chunk; waits while the client is slow. The last chunk has a ``finish_reason``."""
 
@@ -91,6 +95,10 @@ class Session:
             self._model.swarm.rooms.busy(self._context)
             try:
                 usage = self._add_inputs(request)
+                if request.prompt_logprobs is not None:
+                    self._context.on_outputs = self._prompt_describer(
+                        request.prompt_logprobs, consumer, usage
+                    )
                 await self._generate(request, consumer, usage)
             except BaseException:
                 await self._context.drop_caches()
@@ -98,6 +106,7 @@ class Session:
                 self._detokenizer.start_after(self._context.tokens)
                 raise
             finally:
+                self._context.on_outputs = None
                 self._model.swarm.rooms.idle(self._context)
 
     async def close(self) -> None:
@@ -132,7 +141,7 @@ class Session:
             )
         usage = Usage()
         usage.prompt_tokens = len(new_tokens)
-        if self._is_stateless and not tokens:
+        if self._is_stateless and not tokens and request.prompt_logprobs is None:
             usage.cached_tokens = self._go_on_from_prefix(new_tokens)
         self._context.tokens += new_tokens[usage.cached_tokens :]
         if request.inputs is not None:
@@ -153,7 +162,7 @@ class Session:
 
     async def _generate(self, request: GenerationRequest, consumer: ChunkConsumer, usage: Usage) -> None:
         model, tokens = self._model, self._context.tokens
-        sampler = TokenSampler(request.sampling, model.swarm.modules.vocab_size, tokens)
+        sampler = await self._sampler(request.sampling)
         stop_matcher = StopMatcher(request.stop_sequences)
         text, generated, in_chunk = "", 0, 0
         logprobs: list[TokenLogprobs] = []
@@ -162,6 +171,9 @@ class Session:
             hidden_state = await self._feed(request, generated, consumer)
             if hidden_state is None:
                 await consumer.take(text, in_chunk, FinishReason.CANCELLED, usage, tuple(logprobs))
+                return
+            if request.max_new_tokens == 0:  # only the prompt's log probabilities were asked for
+                await consumer.take("", 0, FinishReason.LENGTH, usage)
                 return
             token = await model.batcher.next_token(hidden_state, sampler)
             tokens.append(token)
@@ -186,6 +198,34 @@ class Session:
                 await consumer.take(text, in_chunk, finish_reason, usage, tuple(logprobs))
                 model.swarm.rooms.busy(self._context)
                 text, in_chunk, logprobs = "", 0, []
+
+    async def _sampler(self, parameters: SamplingParameters) -> TokenSampler:
+        model, vocab_size = self._model, self._model.swarm.modules.vocab_size
+        mask = None
+        if parameters.grammar is not None:
+            mask = await asyncio.to_thread(model.tokenizer.compile, parameters.grammar, vocab_size)
+        return TokenSampler(parameters, vocab_size, self._context.tokens, mask)
+
+    def _prompt_describer(self, count: int, consumer: ChunkConsumer, usage: Usage) -> OnOutputs:
+        """Passes on the log probabilities of the prompt's tokens as they come out of the swarm."""
+        tokens = tuple(self._context.tokens)
+        described = 0
+
+        async def describe(start: int, hidden_states: torch.Tensor) -> None:
+            nonlocal described
+            end = min(start + len(hidden_states) + 1, len(tokens))
+            if end <= described:
+                return  # a replay
+            texts = [] if described else [self._model.tokenizer.describe(Logprobs(tokens[0], None, ()))]
+            begin, described = max(described, 1), end
+            rows = hidden_states[begin - 1 - start : end - 1 - start]
+            logprobs = await self._model.batcher.logprobs(rows, tokens[begin:end], count)
+            texts += [self._model.tokenizer.describe(each) for each in logprobs]
+            for index in range(0, len(texts), PROMPT_LOGPROBS_PER_CHUNK):
+                piece = tuple(texts[index : index + PROMPT_LOGPROBS_PER_CHUNK])
+                await consumer.take("", 0, None, usage, prompt_logprobs=piece)
+
+        return describe
 
     async def _feed(
         self, request: GenerationRequest, generated: int, consumer: ChunkConsumer

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import shlex
 import socket
 import uuid
 from collections import OrderedDict
@@ -21,7 +22,7 @@ from typing import Literal, NoReturn, Self
 import msgspec
 
 from petals_chat.engine.client import WorkerConnection
-from petals_chat.engine.interface import Chunk, ModelState, ModelStatus
+from petals_chat.engine.interface import Chunk, EngineTokenizer, ModelState, ModelStatus
 from petals_chat.engine.processes import ChildProcess
 from petals_chat.errors import (
     EngineError,
@@ -34,8 +35,18 @@ from petals_chat.errors import (
     WorkerLostError,
     error_from_report,
 )
-from petals_chat.protocol.messages import GenerationRequest, StartWorker, StatusReported, WorkerStarted
+from petals_chat.protocol.messages import (
+    ChatPrompt,
+    EncodedText,
+    GenerationRequest,
+    Reachability,
+    StartWorker,
+    StatusReported,
+    TokenizerDescription,
+    WorkerStarted,
+)
 from petals_chat.settings import ModelSettings, Settings
+from petals_chat.swarm.join_token import is_loopback, join_command
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +59,7 @@ PREFERENCE_SESSIONS = 4
 """A worker may have this many sessions more than twice those of the least busy one, and still is preferred by
 owners whose contexts it has."""
 MAX_REMEMBERED_OWNERS = 10_000
+MAX_SHOWN_PEERS = 3
 
 HOST_MODULE = "petals_chat"
 WORKER_MODULE = "petals_chat.engine.worker"
@@ -73,6 +85,21 @@ class ProcessEngine:
     ) -> ProcessSession:
         """See `petals_chat.engine.interface.Engine.open_session`."""
         return await self._models[model_key].open_session(max_length, owner, is_stateless=is_stateless)
+
+    def tokenizer(self, model_key: str) -> EngineTokenizer:
+        """See `petals_chat.engine.interface.Engine.tokenizer`."""
+        return self._models[model_key].tokenizer
+
+    async def check_reachability(self, peer_id: str) -> Reachability:
+        """See `petals_chat.engine.interface.SwarmEngine.check_reachability`."""
+        members: list[_Worker] = []  # one in each swarm
+        for worker in (worker for model in self._models.values() for worker in model.workers):
+            if worker.started and not any(worker.shares_swarm_with(member) for member in members):
+                members.append(worker)
+        if not members:
+            raise next(iter(self._models.values())).absence()
+        answers = await asyncio.gather(*(member.connection.check_reachability(peer_id) for member in members))
+        return max(answers, key=lambda answer: answer.is_reachable)
 
     def _make_room_for(self, waiting: _Worker) -> None:
         """Have the other workers in the same swarm give back what they do not use."""
@@ -119,6 +146,22 @@ class ProcessSession:
             await self._worker.close_session(self.session_id)
 
 
+class _RemoteTokenizer:
+    """The tokenizer of a model, asked in one of its workers."""
+
+    def __init__(self, connection: Callable[[], WorkerConnection]) -> None:
+        self._connection = connection
+
+    async def encode(self, inputs: str | ChatPrompt, *, add_special_tokens: bool) -> EncodedText:
+        return await self._connection().encode(inputs, add_special_tokens=add_special_tokens)
+
+    async def decode(self, tokens: Sequence[int]) -> str:
+        return await self._connection().decode(tokens)
+
+    async def describe(self) -> TokenizerDescription:
+        return await self._connection().describe()
+
+
 class _ServedModel:
     """One model: its host, if its swarm is a private one of this machine, and its workers."""
 
@@ -131,6 +174,9 @@ class _ServedModel:
     ) -> None:
         self._model = model
         peers = settings.swarm.initial_peers if model.initial_peers is None else model.initial_peers
+        self._peers = peers
+        self._dht_prefix = model.dht_prefix or settings.swarm.dht_prefix
+        self._show_join_command = settings.swarm.show_join_command
         self._host = None if peers else _PrivateHost(settings, model, index)
         self.workers = [
             _Worker(settings, model, peers, self._host, on_waiting) for _ in range(settings.engine.workers)
@@ -146,10 +192,22 @@ class _ServedModel:
         started = ready[0].started
         assert started
         report = _sum_of([worker.report for worker in ready if worker.report])
-        missing = _missing_blocks(report, started.num_blocks)
-        return ModelStatus(
-            ModelState.BROKEN if missing else ModelState.READY, error, missing, started, report
-        )
+        missing = report.swarm.missing_blocks if report else ()
+        state = ModelState.READY if report is None else state_of_serving(report)
+        return ModelStatus(state, error, missing, started, report, self._join_command())
+
+    def _join_command(self) -> str | None:
+        """What adds another machine to the swarm. Who may join a private one can change its answers."""
+        is_directory = self._model.repository.startswith(("/", ".", "~"))
+        host = ["petals-chat", "host", "DIRECTORY" if is_directory else self._model.repository]
+        if self._peers == "public":
+            return shlex.join([*host, "--public"])
+        if not self._show_join_command:
+            return None
+        if self._host:
+            return self._host.join_command
+        prefix = ["--dht-prefix", self._dht_prefix] if self._dht_prefix else []
+        return shlex.join([*host, *prefix, "--initial-peers", *self._peers[:MAX_SHOWN_PEERS]])
 
     async def wait_until_settled(self) -> None:
         await asyncio.gather(*(worker.settled.wait() for worker in self.workers))
@@ -157,10 +215,26 @@ class _ServedModel:
     async def open_session(self, max_length: int, owner: str, *, is_stateless: bool) -> ProcessSession:
         worker = self._choose_worker(owner if is_stateless else None)
         if worker is None:
-            if error := self.status.error:
-                raise ModelUnavailableError(self._model.key) from error_from_report(error)
-            raise ModelLoadingError(self._model.key)
+            raise self.absence()
         return await worker.open_session(max_length, owner, is_stateless=is_stateless)
+
+    @property
+    def tokenizer(self) -> EngineTokenizer:
+        return _RemoteTokenizer(self._any_connection)
+
+    def _any_connection(self) -> WorkerConnection:
+        worker = self._choose_worker(None)
+        if worker is None:
+            raise self.absence()
+        return worker.connection
+
+    def absence(self) -> EngineError:
+        """Why there is no worker."""
+        if error := self.status.error:
+            absence = ModelUnavailableError(self._model.key)
+            absence.__cause__ = error_from_report(error)
+            return absence
+        return ModelLoadingError(self._model.key)
 
     def _choose_worker(self, owner: str | None) -> _Worker | None:
         """The one with the fewest sessions; for an owner whose contexts may be reused, the one that has them.
@@ -229,13 +303,17 @@ class _Worker:
         self.settled = asyncio.Event()
         """Set when it is known whether the worker can serve."""
 
+    @property
+    def connection(self) -> WorkerConnection:
+        assert self._connection is not None, "only workers that run are chosen"
+        return self._connection
+
     def note_error(self, error: ErrorReport) -> None:
         self.error = error
         self.settled.set()
 
     async def open_session(self, max_length: int, owner: str, *, is_stateless: bool) -> ProcessSession:
-        connection, started = self._connection, self.started
-        assert connection is not None, "only workers that run are chosen"
+        connection, started = self.connection, self.started
         assert started is not None
         limit = started.max_session_length
         if max_length > limit:
@@ -318,6 +396,7 @@ class _Worker:
             device=model.device or engine.device,
             dtype=model.dtype or engine.dtype,
             threads=engine.threads,
+            head=engine.head,
             max_session_length=model.chat.max_session_length,
             prefill_chunk_tokens=swarm.prefill_chunk_tokens,
             max_waiting=limits.max_waiting_generations,
@@ -365,11 +444,15 @@ def _sum_of(reports: Sequence[StatusReported]) -> StatusReported | None:
     return msgspec.structs.replace(reports[0], **sums)
 
 
-def _missing_blocks(report: StatusReported | None, num_blocks: int) -> tuple[int, ...]:
-    if report is None:
-        return ()
-    held = {block for peer in report.peers for block in range(peer.start, peer.end)}
-    return tuple(block for block in range(num_blocks) if block not in held)
+def state_of_serving(report: StatusReported) -> ModelState:
+    """How a model is whose worker runs and has reported."""
+    if report.swarm.missing_blocks:
+        return ModelState.BROKEN
+    # The room of contexts that nobody uses counts as free: whoever needs it gets it within a second.
+    nobody_gives_way = report.resident_sessions <= report.running_generations
+    if report.waiting_generations or (report.swarm.full_blocks and nobody_gives_way):
+        return ModelState.FULL
+    return ModelState.READY
 
 
 class _HostReady(msgspec.Struct, frozen=True):
@@ -377,6 +460,11 @@ class _HostReady(msgspec.Struct, frozen=True):
 
     peers: tuple[str, ...] = ()
     dht_prefix: str = ""
+    start: int = 0
+    end: int = 0
+    num_blocks: int = 0
+    join_token: str | None = None
+    """With which other machines join."""
     error: ErrorReport | None = None
 
 
@@ -391,6 +479,14 @@ class _PrivateHost:
         self._model = model
         self._port = settings.swarm.host_port + index if settings.swarm.host_port else 0
         self._first_ready: asyncio.Future[_HostReady] | None = None
+
+    @property
+    def join_command(self) -> str | None:
+        """None as long as the host has not served for the first time."""
+        ready = self._first_ready
+        token = ready.result().join_token if ready and ready.done() and not ready.cancelled() else None
+        needs_directory = Path(self._model.repository).is_dir()
+        return join_command(token, needs_directory=needs_directory) if token else None
 
     async def ready(self) -> _HostReady:
         """Wait until the host serves for the first time; where it is reached does not change after that."""
@@ -417,11 +513,22 @@ class _PrivateHost:
                 self._port = int(ready.peers[0].split("/tcp/")[1].split("/")[0])
                 if not self._ready_future().done():
                     self._ready_future().set_result(ready)
-                logger.info("the host of %s serves all its blocks on this machine", self._model.key)
+                self._log_ready(ready)
             code = await process.wait()
             raise EngineError(f"the Petals host on this machine ended with exit code {code}")
         finally:
             await process.stop()
+
+    def _log_ready(self, ready: _HostReady) -> None:
+        if ready.end - ready.start == ready.num_blocks:
+            logger.info("the host of %s serves all its blocks on this machine", self._model.key)
+        else:
+            logger.warning(
+                "the host of %s serves blocks %d:%d of %d: there is no memory for more on this machine",
+                *(self._model.key, ready.start, ready.end, ready.num_blocks),
+            )
+        if not all(map(is_loopback, ready.peers)):
+            logger.info("another machine joins the swarm of %s with: %s", self._model.key, self.join_command)
 
     def _arguments(self, ready_fd: int) -> list[str]:
         model, swarm, engine = self._model, self._settings.swarm, self._settings.engine

@@ -10,10 +10,18 @@ from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 from petals_chat.engine.chat_prompts import ChatEncoder
+from petals_chat.engine.grammars import GrammarCompiler, TokenGrammar
 from petals_chat.engine.token_bytes import TokenBytes
 from petals_chat.errors import ConfigurationError, InvalidParameterError
 from petals_chat.generation.sampling import Logprobs
-from petals_chat.protocol.messages import ChatPrompt, TokenLogprobs, TokenProbability
+from petals_chat.protocol.messages import (
+    ChatPrompt,
+    EncodedText,
+    TokenizerDescription,
+    TokenLogprobs,
+    TokenProbability,
+    ToolStyle,
+)
 
 
 class Tokenizer:
@@ -43,6 +51,7 @@ class Tokenizer:
         self.end_of_sequence_ids = _end_of_sequence_ids(repository, revision, config)
         """Tokens that end a text; a model may have several."""
         self._chat = ChatEncoder(self._tokenizer, chat_template, chat_separator)
+        self._grammars = GrammarCompiler(self._tokenizer, self.end_of_sequence_ids)
         self._token_bytes = TokenBytes(self._tokenizer)
 
     def encode(self, inputs: str | ChatPrompt | tuple[int, ...], *, at_start: bool) -> list[int]:
@@ -65,6 +74,33 @@ class Tokenizer:
             tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         return text
+
+    def spelled(self, tokens: Sequence[int]) -> EncodedText:
+        """The tokens with their texts."""
+        return EncodedText(tuple(tokens), tuple(map(self._token_bytes.of, tokens)))
+
+    def compile(self, grammar: str, vocab_size: int) -> TokenGrammar:
+        """See `GrammarCompiler.compile`."""
+        return self._grammars.compile(grammar, vocab_size)
+
+    @property
+    def tool_style(self) -> ToolStyle | None:
+        """How the model writes calls of functions; None if its chats have none."""
+        return self._chat.tool_style
+
+    @property
+    def description(self) -> TokenizerDescription:
+        """What the tokenizer is."""
+        tokenizer = self._tokenizer
+        return TokenizerDescription(
+            kind=type(tokenizer).__name__,
+            vocab_size=len(tokenizer),
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eos_token,
+            pad_token=tokenizer.pad_token,
+            unk_token=tokenizer.unk_token,
+            chat_template=self._chat.template,
+        )
 
     def describe(self, logprobs: Logprobs) -> TokenLogprobs:
         """The log probabilities with the tokens' texts."""

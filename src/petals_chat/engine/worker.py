@@ -25,34 +25,44 @@ from petals_chat.engine.rooms import RoomQueue
 from petals_chat.engine.sessions import Model, Session, Usage
 from petals_chat.engine.tokenizer import Tokenizer
 from petals_chat.errors import InternalError, PetalsChatError, SessionExpiredError
-from petals_chat.head.batcher import HeadBatcher, use_threads_that_pay
+from petals_chat.head.batcher import HeadBatcher
 from petals_chat.head.modules import load_client_modules
 from petals_chat.head.precision import resolve_device, resolve_dtype
-from petals_chat.models.checkpoint import open_checkpoint
+from petals_chat.head.tuning import row_seconds, use_threads_that_pay, with_fastest_head
+from petals_chat.models.checkpoint import client_tensors, open_checkpoint
 from petals_chat.protocol.framing import FrameDecoder, encode_frame
 from petals_chat.protocol.messages import (
     AcknowledgeChunks,
     Cancel,
+    CheckReachability,
     ChunkGenerated,
     CloseSession,
     Command,
+    DecodeTokens,
+    DescribeTokenizer,
+    EncodeText,
     Event,
     FinishReason,
     Generate,
     GenerationQueued,
     GiveBackCaches,
     OpenSession,
+    ReachabilityChecked,
     RequestFailed,
     SessionClosed,
     SessionOpened,
     StartWorker,
     StatusReported,
+    TextEncoded,
+    TokenizerDescribed,
     TokenLogprobs,
+    TokensDecoded,
     WorkerFailed,
     WorkerStarted,
     decode_command,
     encode,
 )
+from petals_chat.settings import HeadWeights
 from petals_chat.swarm.client import SwarmClient, SwarmOptions
 from petals_chat.swarm.naming import default_dht_prefix
 
@@ -88,8 +98,10 @@ class _Generation:
         finish_reason: FinishReason | None,
         usage: Usage,
         logprobs: tuple[TokenLogprobs, ...] = (),
+        prompt_logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> None:
-        await self._window.acquire()
+        if not self.cancelled:
+            await self._window.acquire()
         self._send(
             ChunkGenerated(
                 self._command.request_id,
@@ -99,6 +111,7 @@ class _Generation:
                 usage.prompt_tokens,
                 usage.cached_tokens,
                 logprobs,
+                prompt_logprobs,
             )
         )
 
@@ -144,6 +157,7 @@ class Worker:
         background = [
             asyncio.create_task(self._report_status()),
             asyncio.create_task(self._swarm.stay_joined()),
+            asyncio.create_task(self._swarm.watch()),
             asyncio.create_task(self._model.swarm.rooms.expire_idle()),
         ]
         try:
@@ -177,8 +191,17 @@ class Worker:
                     generation.cancel()
             case CloseSession():
                 self._start(command.request_id, self._close(command))
+            case EncodeText():
+                self._start(command.request_id, self._encode(command))
+            case DecodeTokens():
+                self._start(command.request_id, self._decode(command))
+            case DescribeTokenizer():
+                description = self._model.tokenizer.description
+                self._send(TokenizerDescribed(command.request_id, description))
             case GiveBackCaches():
                 self._start(0, self._model.swarm.rooms.evict_idle())
+            case CheckReachability():
+                self._start(command.request_id, self._check_reachability(command))
             case StartWorker():
                 raise AssertionError("the worker is started already")
 
@@ -223,6 +246,20 @@ class Worker:
             await session.close()
         self._send(SessionClosed(command.request_id))
 
+    async def _encode(self, command: EncodeText) -> None:
+        tokenizer = self._model.tokenizer
+        tokens = tokenizer.encode(command.inputs, at_start=command.add_special_tokens)
+        self._send(TextEncoded(command.request_id, tokenizer.spelled(tokens)))
+
+    async def _decode(self, command: DecodeTokens) -> None:
+        tokenizer = self._model.tokenizer
+        tokens = tokenizer.encode(command.tokens, at_start=False)  # checks them
+        self._send(TokensDecoded(command.request_id, tokenizer.decode(tokens)))
+
+    async def _check_reachability(self, command: CheckReachability) -> None:
+        reachability = await self._swarm.check_reachability(command.peer_id)
+        self._send(ReachabilityChecked(command.request_id, reachability))
+
     async def _report_status(self) -> None:
         rooms, counts = self._model.swarm.rooms, self._model.swarm.counts
         while True:
@@ -230,7 +267,7 @@ class Worker:
                 StatusReported(
                     open_sessions=len(self._sessions),
                     running_generations=len(self._generations),
-                    peers=self._swarm.peers(),
+                    swarm=self._swarm.status,
                     resident_sessions=rooms.residents,
                     waiting_generations=rooms.waiting,
                     **dataclasses.asdict(counts),
@@ -261,13 +298,15 @@ def _load(command: StartWorker) -> tuple[Model, SwarmClient, WorkerStarted]:
     checkpoint = open_checkpoint(command.repository, command.revision)
     config = checkpoint.config
     num_blocks = checkpoint.num_blocks
+    client_tensors(config, checkpoint.tensors)  # refuses models of other types before the swarm is joined
     # What is loaded by now is never collected: the process that hivemind forks goes on sharing its memory.
     gc.collect()
     gc.freeze()
+    dht_prefix = command.dht_prefix or default_dht_prefix(checkpoint.model_type, command.repository)
     swarm = SwarmClient(
         SwarmOptions(
             initial_peers=command.initial_peers,
-            dht_prefix=command.dht_prefix or default_dht_prefix(checkpoint.model_type, command.repository),
+            dht_prefix=dht_prefix,
             num_blocks=num_blocks,
             active_adapter=command.adapter,
             max_retries=command.max_retries,
@@ -279,6 +318,9 @@ def _load(command: StartWorker) -> tuple[Model, SwarmClient, WorkerStarted]:
     device = resolve_device(command.device)
     dtype = resolve_dtype(command.dtype, device)
     modules = load_client_modules(checkpoint, device=device, dtype=dtype)
+    modules = with_fastest_head(modules, HeadWeights(command.head))
+    if not command.threads:
+        use_threads_that_pay(modules)
     rooms = RoomQueue(
         max_waiting=command.max_waiting,
         timeout=command.queue_timeout,
@@ -292,7 +334,7 @@ def _load(command: StartWorker) -> tuple[Model, SwarmClient, WorkerStarted]:
             chat_template=command.chat_template,
             chat_separator=command.chat_separator,
         ),
-        HeadBatcher(modules, row_seconds=use_threads_that_pay(modules)),
+        HeadBatcher(modules, row_seconds=row_seconds(modules)),
         Swarm(modules, swarm.open_session, rooms, prefill_chunk_tokens=command.prefill_chunk_tokens),
         PrefixStore(idle_timeout=command.prefix_idle_timeout),
     )
@@ -306,6 +348,8 @@ def _load(command: StartWorker) -> tuple[Model, SwarmClient, WorkerStarted]:
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
             max_session_length=command.max_session_length,
+            dht_prefix=dht_prefix,
+            tool_style=model.tokenizer.tool_style,
         ),
     )
 

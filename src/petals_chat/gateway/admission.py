@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import contextmanager
 
-from petals_chat.engine.interface import Chunk, Engine, EngineSession, ModelStatus
+from petals_chat.engine.interface import Chunk, Engine, EngineSession, EngineTokenizer, ModelStatus
 from petals_chat.errors import TooManyRequestsError
 from petals_chat.protocol.messages import GenerationRequest
 from petals_chat.settings import LimitSettings
@@ -79,6 +79,10 @@ class LimitedEngine:
             self._sessions.free()
             raise
         return _LimitedSession(session, self._sessions)
+
+    def tokenizer(self, model_key: str) -> EngineTokenizer:
+        """See `Engine.tokenizer`."""
+        return self._engine.tokenizer(model_key)
 
 
 class _LimitedSession:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import petals_chat
-from petals_chat.engine.interface import Engine
+from petals_chat.engine.interface import SwarmEngine
 from petals_chat.gateway.admission import LimitedEngine
+from petals_chat.gateway.answers import Answers
+from petals_chat.gateway.api_keys import ApiKeys
+from petals_chat.gateway.chats import Chats
+from petals_chat.gateway.clients import Clients, MeteredEngine
 from petals_chat.gateway.error_responses import ErrorResponses
 from petals_chat.gateway.http_v1 import HttpV1
 from petals_chat.gateway.log_privacy import keep_texts_out_of_uvicorns_log
@@ -25,6 +30,9 @@ from petals_chat.gateway.status import StatusPages
 from petals_chat.gateway.websocket_v2 import WebSocketV2
 from petals_chat.settings import Settings
 
+if TYPE_CHECKING:
+    from petals_chat.history.history import History
+
 _DESCRIPTION = """
 Generates text with language models that are served by a Petals swarm.
 
@@ -34,7 +42,7 @@ This page describes the HTTP API v1. The same, token by token, is offered by the
 
 
 def create_app(
-    settings: Settings, engine: Engine, *, lifespan: AbstractAsyncContextManager[object] | None = None
+    settings: Settings, engine: SwarmEngine, *, lifespan: AbstractAsyncContextManager[object] | None = None
 ) -> FastAPI:
     """The gateway's application.
 
@@ -48,16 +56,22 @@ def create_app(
     keep_texts_out_of_uvicorns_log()
     models = ModelRegistry(settings.models)
     errors = ErrorResponses(debug=settings.server.debug_tracebacks)
-    limited_engine = LimitedEngine(engine, settings.limits)
+    clients = Clients(settings.api, [model.key for model in models])
+    limited_engine = MeteredEngine(LimitedEngine(engine, settings.limits), clients)
     sessions = SessionRegistry(limited_engine, settings.limits)
+    answers = Answers(limited_engine, settings.limits)
+    history = _history(settings)
     status = StatusPages(models, engine)
 
     @asynccontextmanager
     async def run(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            if history is not None:
+                await stack.enter_async_context(history)
             if lifespan is not None:
                 await stack.enter_async_context(lifespan)
             stack.push_async_callback(sessions.close_all)
+            stack.push_async_callback(answers.close)
             async with asyncio.TaskGroup() as tasks:
                 background = [
                     tasks.create_task(sessions.expire_idle_sessions()),
@@ -75,13 +89,19 @@ def create_app(
         lifespan=run,
     )
     app.include_router(HttpV1(models, limited_engine, sessions, errors, settings.limits).router())
-    app.include_router(OpenAI(models, limited_engine, errors, settings.limits).router())
+    openai = OpenAI(models, limited_engine, errors, settings.limits, clients)
+    for router in openai.routers():
+        app.include_router(router)
     app.include_router(status.router())
     app.include_router(Metrics(engine).router())
-    websocket_v2 = WebSocketV2(models, limited_engine, errors, settings.limits)
+    store = history.store if history else None
+    app.include_router(Chats(store, answers, settings.history, settings.limits).router())
+    record = history.recorder.record if history else None
+    websocket_v2 = WebSocketV2(models, limited_engine, answers, record, errors, settings.limits)
     app.router.add_websocket_route("/api/v2/generate", websocket_v2.generate)
     app.router.default = Pages()
     errors.register(app)
+    app.add_middleware(ApiKeys, settings=settings.api, clients=clients, refusal=openai.refusal)
     if settings.server.root_path:
         app.add_middleware(_PublishedUnder, path=settings.server.root_path)
     app.add_middleware(
@@ -91,6 +111,15 @@ def create_app(
         allow_headers=("*",),
     )
     return app
+
+
+def _history(settings: Settings) -> History | None:
+    if not settings.history.enabled:
+        return None
+    # Here, since it brings the database's libraries, which a gateway without history does not need.
+    from petals_chat.history.history import History
+
+    return History(settings.history, settings.engine.data_dir)
 
 
 class _PublishedUnder:

@@ -59,6 +59,9 @@ class Metrics(Collector):
         servers = GaugeMetricFamily(
             "petals_chat_servers", "Servers that hold blocks of the model.", labels=["model"]
         )
+        rarest = GaugeMetricFamily(
+            "petals_chat_rarest_block_servers", "Servers that hold the rarest block.", labels=["model"]
+        )
         sessions = GaugeMetricFamily(
             "petals_chat_open_sessions", "Inference sessions of all clients.", labels=["model"]
         )
@@ -80,9 +83,10 @@ class Metrics(Collector):
                 states.add_metric([key, state.value], float(state is status.state))
             missing.add_metric([key], len(status.missing_blocks))
             if report := status.report:
-                servers.add_metric([key], len({peer.peer_id for peer in report.peers}))
+                servers.add_metric([key], len(report.swarm.online_servers))
+                rarest.add_metric([key], report.swarm.rarest_block_servers)
                 sessions.add_metric([key], report.open_sessions)
                 running.add_metric([key], report.running_generations)
                 for name, family in (counts | rooms).items():
                     family.add_metric([key], getattr(report, name))
-        yield from (states, missing, servers, sessions, running, *rooms.values(), *counts.values())
+        yield from (states, missing, servers, rarest, sessions, running, *rooms.values(), *counts.values())

@@ -30,6 +30,10 @@ class ModelRegistry:
     def __iter__(self) -> Iterator[ModelSettings]:
         return iter(self._models.values())
 
+    def has(self, name: str) -> bool:
+        """Whether a model goes by this name."""
+        return name in self._by_name
+
     def find(self, name: str | None) -> ModelSettings:
         """The model with this key or alias; the default model for None.
 

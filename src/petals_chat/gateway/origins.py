@@ -21,3 +21,8 @@ def is_same_origin(connection: HTTPConnection) -> bool:
     scheme = connection.scope["scheme"]
     host = connection.headers.get("host", "")
     return [origin.lower() for origin in origins] == [f"{_HTTP_SCHEMES.get(scheme, scheme)}://{host.lower()}"]
+
+
+def is_foreign_origin(connection: HTTPConnection) -> bool:
+    """Whether a page of another site sends this. Programs, which send no Origin header, are no page."""
+    return "origin" in connection.headers and not is_same_origin(connection)

@@ -4,7 +4,27 @@ from __future__ import annotations
 
 from starlette.requests import HTTPConnection
 
+KEY_OWNER = "petals_chat.key_owner"
+"""Where in the ASGI scope the owner stands if a key was used."""
+
+_AND = "\n"  # not in addresses
+
 
 def owner_of(connection: HTTPConnection) -> str:
-    """The client's address; the same for all clients behind a proxy that is not trusted to name them."""
+    """The key that was used, if there was one (`petals_chat.gateway.api_keys`), or else the client's address.
+
+    The address is the same for all clients behind a proxy that is not trusted to name them.
+    """
+    if (owner := connection.scope.get(KEY_OWNER)) is not None:
+        return str(owner)
     return connection.client.host if connection.client else ""
+
+
+def owner_among(owner: str, visitor: str | None) -> str:
+    """The owner, where one address may be that of several visitors, who are to share fairly with each other."""
+    return owner if visitor is None else f"{owner}{_AND}{visitor}"
+
+
+def address_of(owner: str) -> str:
+    """The owner without the visitor. Limits are counted by it, since anybody can be as many visitors as he likes."""
+    return owner.partition(_AND)[0]

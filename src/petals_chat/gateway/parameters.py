@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from petals_chat.errors import InvalidParameterError
-from petals_chat.protocol.messages import GenerationRequest, SamplingParameters
-from petals_chat.settings import LimitSettings
+from petals_chat.protocol.messages import ChatMessage, ChatPrompt, GenerationRequest, SamplingParameters
+from petals_chat.settings import ChatSettings, LimitSettings
 
 DEFAULT_SESSION_LENGTH = 1024
 """Tokens of a v1 session for which no ``max_length`` was given."""
+
+MAX_MESSAGES = 4096
+"""Messages of a chat that is answered."""
 
 _LARGEST = 2**31 - 1
 """Far over any model's limits. Larger numbers mean the same, and would not fit into the engine's messages."""
@@ -43,6 +46,10 @@ _EXPECTED = {
     "session_id": "the id of an open session",
     "stop_sequence": "a text without lone surrogates, or null",
     "extra_stop_sequences": "a text or a list of texts, without lone surrogates, or null",
+    "messages": f'a list of 1 to {MAX_MESSAGES} messages like {{"role": "user", "content": "Hello"}}',
+    "record": '{"chat": ..., "message": ..., "parent": ...}, each a UUID in lower case',
+    "generation": "the id of an answer",
+    "position": "a whole number of at least 0",
 }
 
 
@@ -74,6 +81,7 @@ def _listed(value: object) -> object:
 Text = Annotated[str, AfterValidator(_refuse_lone_surrogates)]
 Number = BeforeValidator(_refuse_bool)
 WholeNumber = BeforeValidator(_whole_number)
+Id = Annotated[str, Field(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")]
 TokenCount = Annotated[int, Field(ge=1), AfterValidator(_bounded), WholeNumber]
 
 
@@ -93,15 +101,16 @@ class SessionParameters(_Parameters):
     """Send a frame with ``queue_place`` whenever the place in the queue for the swarm's memory changes."""
 
 
-class GenerationParameters(_Parameters):
-    """What to generate, and how. One of ``max_new_tokens`` and ``max_length`` is needed."""
-
+class _Amount(_Parameters):
     inputs: Annotated[Text | None, Field(examples=["A cat sat on"])] = None
     """New text. Without it, the session goes on from where it is."""
     max_new_tokens: Annotated[TokenCount | None, Field(examples=[16])] = None
     """Tokens to generate. More than the context has room for is cut down to that."""
     max_length: TokenCount | None = None
     """Tokens of the whole context, with what was there before; not used if max_new_tokens is given."""
+
+
+class _Sampling(_Parameters):
     do_sample: bool = False
     """false or 0: always take the likeliest token. true or 1: draw it at random."""
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False), Number] = 1.0
@@ -128,6 +137,10 @@ class GenerationParameters(_Parameters):
             repetition_penalty=self.repetition_penalty,
             seed=self.seed,
         )
+
+
+class GenerationParameters(_Sampling, _Amount):
+    """What to generate, and how. One of ``max_new_tokens`` and ``max_length`` is needed."""
 
     @property
     def context_limit(self) -> int | None:
@@ -204,6 +217,68 @@ class GenerationParametersV2(GenerationParameters):
                 f"there may be {limits.max_stop_sequences} stop sequences in all, not {len(sequences)}",
             )
         return self.streaming_request(sequences)
+
+
+class AnswerMessage(BaseModel):
+    """One message of the chat that is answered."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    role: Literal["system", "user", "assistant"]
+    content: Text
+
+
+class AnswerRecord(BaseModel):
+    """Where the answer is written down."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    chat: Id
+    message: Id
+    parent: Id
+
+
+class AnswerParameters(_Sampling):
+    """An ``answer`` request of the v2 API."""
+
+    messages: Annotated[tuple[AnswerMessage, ...], Field(min_length=1, max_length=MAX_MESSAGES)]
+    """The chat so far. If its last message is the assistant's, the answer goes on from there."""
+    max_new_tokens: TokenCount | None = None
+    """Tokens to generate at most; None = as many as the context has room for."""
+    record: AnswerRecord | None = None
+    """None = the answer is not written down."""
+
+    def request(self, chat: ChatSettings) -> GenerationRequest:
+        """The request to the engine, for a model with these settings."""
+        messages = tuple(ChatMessage(message.role, message.content) for message in self.messages)
+        return GenerationRequest(
+            inputs=ChatPrompt(messages, continue_final_message=messages[-1].role == "assistant"),
+            sampling=self.sampling,
+            max_new_tokens=self.max_new_tokens,
+            chunk_tokens=1,
+            stop_sequences=tuple(dict.fromkeys((chat.stop_token, *chat.extra_stop_sequences))),
+            hide_end_of_sequence=True,
+        )
+
+
+class AttachParameters(BaseModel):
+    """An ``attach`` request of the v2 API."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    generation: str
+    """The answer's id."""
+    position: Annotated[int, Field(ge=0), AfterValidator(_bounded), WholeNumber] = 0
+    """Tokens of it that the client has."""
+
+
+class StopParameters(BaseModel):
+    """A ``stop`` request of the v2 API."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    generation: str
+    """The answer's id."""
 
 
 ParametersT = TypeVar("ParametersT", bound=BaseModel)

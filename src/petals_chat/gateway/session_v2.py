@@ -2,8 +2,9 @@
 
 A client opens one session, then sends ``generate`` requests, also ahead of the replies; they are done one
 after the other, in order. Whatever is wrong takes its place in that order too: what came before it is still
-answered, then its error is the last frame. This class never awaits, sleeps or reads a clock; the socket and
-the engine are `petals_chat.gateway.websocket_v2`'s.
+answered, then its error is the last frame. Answers, which outlive their connection, need no session; only to stop
+one is done at once. This class never awaits, sleeps or reads a clock; the socket and the engine are
+`petals_chat.gateway.websocket_v2`'s.
 """
 
 from __future__ import annotations
@@ -25,15 +26,20 @@ from petals_chat.errors import (
     SessionExpiredError,
     TooManyRequestsError,
 )
+from petals_chat.gateway.answer_log import End, Failed, Followed, Piece, QueuePlace
 from petals_chat.gateway.models import ModelRegistry
 from petals_chat.gateway.parameters import (
+    AnswerParameters,
+    AttachParameters,
     GenerationParametersV2,
     SessionParameters,
+    StopParameters,
     parse,
     parse_generation,
 )
+from petals_chat.history.interface import Record
 from petals_chat.protocol.messages import FinishReason, GenerationRequest
-from petals_chat.settings import LimitSettings
+from petals_chat.settings import LimitSettings, ModelSettings
 
 _MAX_SHOWN_CHARS = 60
 
@@ -54,6 +60,30 @@ class StartGeneration:
 
 
 @dataclass(frozen=True, slots=True)
+class StartAnswer:
+    """Begin an answer; then call `SessionV2.answer_started`, and go on as with `FollowAnswer`."""
+
+    model: ModelSettings
+    request: GenerationRequest
+    record: Record | None
+
+
+@dataclass(frozen=True, slots=True)
+class FollowAnswer:
+    """Call `SessionV2.followed` with all that comes of the answer after ``position``, or `SessionV2.failed`."""
+
+    generation: str
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopAnswer:
+    """End the answer now, whatever else is going on; if there is none, call `SessionV2.refused`."""
+
+    generation: str
+
+
+@dataclass(frozen=True, slots=True)
 class SendFrame:
     """Send a text frame."""
 
@@ -67,7 +97,10 @@ class Fail:
     error: PetalsChatError
 
 
-Action = OpenSession | StartGeneration | SendFrame | Fail
+_Request = OpenSession | StartGeneration | StartAnswer | FollowAnswer
+Action = _Request | StopAnswer | SendFrame | Fail
+
+_TYPES = ("open_inference_session", "generate", "answer", "attach", "stop")
 
 
 class _Reply(msgspec.Struct):
@@ -80,6 +113,25 @@ class _Reply(msgspec.Struct):
 class _Place(msgspec.Struct):
     ok: bool
     queue_place: int
+
+
+class _AnswerStarted(msgspec.Struct):
+    ok: bool
+    generation: str
+
+
+class _AnswerReply(msgspec.Struct):
+    ok: bool
+    outputs: str
+    token_count: int
+    stop: bool
+    position: int
+
+
+class _LastAnswerReply(_AnswerReply):
+    finish_reason: str
+    prompt_tokens: int
+    cached_tokens: int
 
 
 _encode = msgspec.json.Encoder().encode
@@ -101,8 +153,8 @@ class SessionV2:
         self._wants_queue_places = False
         self._last_generate: tuple[str, StartGeneration] | None = None
         """The last such frame and what it says: clients that go on token by token send the same one each time."""
-        self._pending: deque[OpenSession | StartGeneration | Fail] = deque()
-        self._running: OpenSession | StartGeneration | None = None
+        self._pending: deque[_Request | Fail] = deque()
+        self._running: _Request | None = None
         self._last_words = False
         """An error is among the pending, or was handed out: what the client sends after it is not read."""
         self._texts: list[str] = []
@@ -116,6 +168,8 @@ class SessionV2:
             if self._last_generate is not None and frame == self._last_generate[0]:
                 return self._enqueue(self._last_generate[1])
             request = self._parse(frame)
+            if isinstance(request, StopAnswer):
+                return [request]
             if isinstance(request, StartGeneration):
                 self._last_generate = (frame, request)
             return self._enqueue(request)
@@ -144,6 +198,33 @@ class SessionV2:
         if self._running.request.stop_sequences:
             return self._stream(chunk)
         return self._collect(chunk)
+
+    def answer_started(self, generation: str) -> list[Action]:
+        """The answer has begun, under this id."""
+        assert isinstance(self._running, StartAnswer)
+        return [SendFrame(_encode(_AnswerStarted(True, generation)).decode())]
+
+    def followed(self, what: Followed) -> list[Action]:
+        """Something came of the answer."""
+        assert isinstance(self._running, StartAnswer | FollowAnswer)
+        match what:
+            case QueuePlace(place):
+                return [SendFrame(_encode(_Place(True, place)).decode())]
+            case Piece(text, token_count, position):
+                reply = _AnswerReply(True, text, token_count, False, position)
+                return [SendFrame(_encode(reply).decode())]
+            case End(Piece(text, token_count, position), reason, prompt_tokens, cached_tokens):
+                self._running = None
+                last = _LastAnswerReply(
+                    True, text, token_count, True, position, reason, prompt_tokens, cached_tokens
+                )
+                return [SendFrame(_encode(last).decode()), *self._next()]
+            case Failed(error):
+                return self.failed(error)
+
+    def refused(self, error: PetalsChatError) -> list[Action]:
+        """What was to be done at once cannot be done; the error comes when its turn does."""
+        return [] if self._last_words else self._enqueue(Fail(error))
 
     def failed(self, error: PetalsChatError) -> list[Action]:
         """The engine could not do what was asked of it."""
@@ -191,7 +272,7 @@ class SessionV2:
         self._running = None
         return [SendFrame(_encode(reply).decode()), *self._next()]
 
-    def _enqueue(self, request: OpenSession | StartGeneration | Fail) -> list[Action]:
+    def _enqueue(self, request: _Request | Fail) -> list[Action]:
         waiting = len(self._pending)
         if waiting >= self._limits.max_pending_requests:
             request = Fail(
@@ -211,16 +292,23 @@ class SessionV2:
             self._running = request
         return [request]
 
-    def _parse(self, frame: str) -> OpenSession | StartGeneration:
+    def _parse(self, frame: str) -> _Request | StopAnswer:
         message = self._decode(frame)
         match message.get("type"):
             case "open_inference_session":
                 return self._parse_open(message)
             case "generate":
                 return self._parse_generate(message)
+            case "answer":
+                return self._parse_answer(message)
+            case "attach":
+                attach = parse(AttachParameters, message)
+                return FollowAnswer(attach.generation, attach.position)
+            case "stop":
+                return StopAnswer(parse(StopParameters, message).generation)
             case other:
                 raise ProtocolViolationError(
-                    'type: it must be "open_inference_session" or "generate", '
+                    f"type: it must be one of {', '.join(_TYPES)}, "
                     f"but {ascii(other)[:_MAX_SHOWN_CHARS]} was given"
                 )
 
@@ -258,6 +346,16 @@ class SessionV2:
                 f"the session was opened with {self._opening.model_key!r}, and cannot change its model",
             )
         return StartGeneration(parameters.request(self._limits))
+
+    def _parse_answer(self, message: Mapping[str, Any]) -> StartAnswer:
+        parameters = parse(AnswerParameters, message)
+        model = self._models.find_usable(parameters.model, same_origin=self._same_origin)
+        record = parameters.record
+        return StartAnswer(
+            model,
+            parameters.request(model.chat),
+            Record(record.chat, record.message, record.parent) if record else None,
+        )
 
     def _context_full(self) -> MaximumLengthExceededError:
         assert self._opening is not None

@@ -3,46 +3,72 @@
 Two tasks serve a connection. One reads, all the time, so that a client that goes away is noticed in the
 middle of a generation. The other performs the protocol's actions, one after the other; each send waits until
 the socket takes the frame, so a client that reads slowly slows its generation down, and nothing is buffered
-beyond the engine's small window. What may be sent, and when, is `petals_chat.gateway.session_v2`'s affair.
+beyond the engine's small window. (Answers go on whoever reads them; `petals_chat.gateway.answers` keeps what they
+come to.) What may be sent, and when, is `petals_chat.gateway.session_v2`'s affair.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import aclosing, suppress
 from typing import NoReturn
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from petals_chat.engine.interface import Engine, EngineSession
-from petals_chat.errors import PetalsChatError, TooManyRequestsError
+from petals_chat.errors import (
+    HistoryDisabledError,
+    PetalsChatError,
+    TooManyRequestsError,
+    UnknownChatError,
+)
 from petals_chat.gateway.admission import Slots
+from petals_chat.gateway.answers import Answers, Generation
 from petals_chat.gateway.deadlines import deadline
 from petals_chat.gateway.error_responses import ErrorResponses
 from petals_chat.gateway.models import ModelRegistry
 from petals_chat.gateway.origins import is_same_origin
-from petals_chat.gateway.owners import owner_of
+from petals_chat.gateway.owners import owner_among, owner_of
 from petals_chat.gateway.session_v2 import (
     Action,
     Fail,
+    FollowAnswer,
     OpenSession,
     SendFrame,
     SessionV2,
+    StartAnswer,
     StartGeneration,
+    StopAnswer,
 )
+from petals_chat.gateway.visitors import visitor_of
+from petals_chat.history.interface import Record, Recording
 from petals_chat.protocol.messages import GenerationRequest
 from petals_chat.settings import LimitSettings
 
+RecordAnswer = Callable[[str, Record], Recording]
+
 
 class WebSocketV2:
-    """The endpoint; it serves any number of connections."""
+    """The endpoint; it serves any number of connections.
+
+    Args:
+        record: gives what writes a visitor's answer down; None if no history is kept.
+    """
 
     def __init__(
-        self, models: ModelRegistry, engine: Engine, errors: ErrorResponses, limits: LimitSettings
+        self,
+        models: ModelRegistry,
+        engine: Engine,
+        answers: Answers,
+        record: RecordAnswer | None,
+        errors: ErrorResponses,
+        limits: LimitSettings,
     ) -> None:
         self._models = models
         self._engine = engine
+        self._answers = answers
+        self._record = record
         self._errors = errors
         self._limits = limits
         self._connections = Slots(limits.max_connections, "WebSocket connections")
@@ -51,7 +77,9 @@ class WebSocketV2:
         """Serve one connection until its end."""
         await websocket.accept()
         protocol = SessionV2(self._models, self._limits, same_origin=is_same_origin(websocket))
-        connection = _Connection(websocket, protocol, self._engine, self._errors, self._limits)
+        connection = _Connection(
+            websocket, protocol, self._engine, self._answers, self._record, self._errors, self._limits
+        )
         try:
             self._connections.take()
         except TooManyRequestsError as error:
@@ -73,12 +101,17 @@ class _Connection:
         websocket: WebSocket,
         protocol: SessionV2,
         engine: Engine,
+        answers: Answers,
+        record: RecordAnswer | None,
         errors: ErrorResponses,
         limits: LimitSettings,
     ) -> None:
         self._websocket = websocket
         self._protocol = protocol
         self._engine = engine
+        self._answers = answers
+        self._record = record
+        self._visitor = visitor_of(websocket)
         self._errors = errors
         self._limits = limits
         self._actions: asyncio.Queue[Action] = asyncio.Queue()  # bounded by the protocol
@@ -95,6 +128,7 @@ class _Connection:
         except* Exception as unexpected:
             await self.close_with(unexpected.exceptions[0])
         finally:
+            await self._start_last_answer()
             if self._session is not None:
                 await self._session.close()
 
@@ -122,13 +156,20 @@ class _Connection:
                     await self._open(model_key, max_length)
                 case StartGeneration(request):
                     await self._generate(request)
+                case StartAnswer() as start:
+                    await self._start_answer(start)
+                case FollowAnswer(generation, position):
+                    await self._attach(generation, position)
                 case Fail(error):
                     await self.close_with(error)
                     raise _ConnectionEnded
 
     def _put(self, actions: Iterable[Action]) -> None:
         for action in actions:
-            self._actions.put_nowait(action)
+            if isinstance(action, StopAnswer):
+                self._stop(action.generation)
+            else:
+                self._actions.put_nowait(action)
 
     async def _next_action(self) -> Action:
         try:
@@ -171,6 +212,63 @@ class _Connection:
         except PetalsChatError as error:
             following = self._protocol.failed(error)
         self._put(following)
+
+    async def _start(self, start: StartAnswer) -> Generation:
+        return await self._answers.start(
+            start.model,
+            start.request,
+            owner=owner_among(owner_of(self._websocket), self._visitor),
+            visitor=self._visitor,
+            recording=None if start.record is None else self._recording(start.record),
+        )
+
+    async def _start_last_answer(self) -> None:
+        """Who asks for an answer that is written down, and leaves at once, finds it there later."""
+        while not self._actions.empty():
+            action = self._actions.get_nowait()
+            if isinstance(action, StartAnswer) and action.record is not None:
+                with suppress(PetalsChatError):  # there is nobody to tell
+                    await self._start(action)
+
+    async def _start_answer(self, start: StartAnswer) -> None:
+        try:
+            generation = await self._start(start)
+        except PetalsChatError as error:
+            self._put(self._protocol.failed(error))
+            return
+        for action in self._protocol.answer_started(generation.id):
+            assert isinstance(action, SendFrame)
+            await self._send(action.text)
+        await self._follow(generation, 0)
+
+    def _recording(self, record: Record) -> Recording:
+        if self._record is None:
+            raise HistoryDisabledError
+        if self._visitor is None:
+            raise UnknownChatError
+        return self._record(self._visitor, record)
+
+    async def _attach(self, generation_id: str, position: int) -> None:
+        try:
+            generation = self._answers.find(generation_id, self._visitor)
+            await self._follow(generation, position)
+        except PetalsChatError as error:
+            self._put(self._protocol.failed(error))
+
+    async def _follow(self, generation: Generation, position: int) -> None:
+        async with aclosing(generation.follow(position)) as followed:
+            async for what in followed:
+                for action in self._protocol.followed(what):
+                    if isinstance(action, SendFrame):
+                        await self._send(action.text)
+                    else:
+                        self._put([action])
+
+    def _stop(self, generation_id: str) -> None:
+        try:
+            self._answers.find(generation_id, self._visitor).stop()
+        except PetalsChatError as error:
+            self._put(self._protocol.refused(error))
 
     async def _send(self, text: str) -> None:
         try:

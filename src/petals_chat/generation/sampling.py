@@ -28,7 +28,8 @@ class Logprobs:
     """The log probability of a token, and of the likeliest tokens in its place, as (token, log probability)."""
 
     token: int
-    logprob: float
+    logprob: float | None
+    """None for the first token of a text, which nothing comes before."""
     top: tuple[tuple[int, float], ...]
 
 

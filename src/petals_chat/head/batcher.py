@@ -9,20 +9,18 @@ takes less time than the way to a thread and back: it is computed in the event l
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from petals_chat.generation.sampling import TokenSampler, choose_tokens
+from petals_chat.generation.sampling import Logprobs, TokenSampler, choose_tokens, logprobs_of
 from petals_chat.head.modules import ClientModules
 
 MAX_ROWS = 64
 """Bounds the memory of one batch's logits (float32: rows x vocabulary x 4 bytes, several times over)."""
 INLINE_SECONDS = 0.001
 """A head whose row takes longer than this goes to the thread."""
-_TRIALS = 5
 
 _Row = tuple[torch.Tensor, TokenSampler, asyncio.Future[int]]
 
@@ -31,7 +29,7 @@ class HeadBatcher:
     """Turns last hidden states into tokens; use from one event loop.
 
     Args:
-        row_seconds: how long one row takes, see `measure_row_seconds`.
+        row_seconds: how long one row takes, see `petals_chat.head.tuning`.
     """
 
     def __init__(self, modules: ClientModules, *, row_seconds: float) -> None:
@@ -60,6 +58,26 @@ class HeadBatcher:
         elif self._batch_task is None:
             self._batch_task = asyncio.create_task(self._compute_in_thread(self._thread))
         return await result
+
+    async def logprobs(
+        self, hidden_states: torch.Tensor, tokens: Sequence[int], count: int
+    ) -> list[Logprobs]:
+        """The log probabilities of tokens that are known already, as those of a prompt.
+
+        Args:
+            hidden_states: outputs of the last block, [rows, hidden_size].
+            tokens: what came after each of them.
+            count: how many of the likeliest in their place are told, too.
+        """
+        described: list[Logprobs] = []
+        for start in range(0, len(tokens), MAX_ROWS):
+            rows = slice(start, start + MAX_ROWS)
+            described += await asyncio.to_thread(self._describe, hidden_states[rows], tokens[rows], count)
+        return described
+
+    def _describe(self, hidden_states: torch.Tensor, tokens: Sequence[int], count: int) -> list[Logprobs]:
+        with torch.inference_mode():
+            return logprobs_of(self._modules.logits(hidden_states), tokens, count)
 
     def _compute_inline(self) -> None:
         self._is_scheduled = False
@@ -97,37 +115,6 @@ class HeadBatcher:
         """End the thread."""
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
-
-
-def measure_row_seconds(modules: ClientModules) -> float:
-    """How long the head takes for one row: the shortest of some trials."""
-    row = torch.zeros(1, modules.head.shape[1], dtype=modules.head.dtype, device=modules.head.device)
-
-    seconds = []
-    for _ in range(_TRIALS):
-        began = time.perf_counter()
-        with torch.inference_mode():
-            modules.logits(row).argmax().item()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
-
-
-def use_threads_that_pay(modules: ClientModules) -> float:
-    """Leave torch one thread for a head so small that more threads cost more than they save.
-
-    Returns:
-        How long one row takes then, in seconds.
-    """
-    threads = torch.get_num_threads()
-    with_all = measure_row_seconds(modules)
-    if threads == 1:
-        return with_all
-    torch.set_num_threads(1)
-    alone = measure_row_seconds(modules)
-    if alone <= max(with_all, INLINE_SECONDS):
-        return alone
-    torch.set_num_threads(threads)
-    return with_all
 
 
 def _finish(rows: Sequence[_Row], tokens: Sequence[int]) -> None:

@@ -1,7 +1,8 @@
 """The parts of a model that the gateway's machine computes: embeddings, final norm and LM head.
 
-Only these tensors of the checkpoint are read, through memory-mapped safetensors: 16-bit weights that are
-used in the checkpoint's own precision stay in the page cache, shared by all processes that map them.
+Only these tensors of the checkpoint are read, through memory-mapped safetensors. On a CPU, 16-bit embeddings and
+heads stay in the page cache, shared by all processes that map them, also where it computes in float32: they are
+converted as they are used, which changes no value.
 The formulas are those of ``transformers``' model code, in the same order of casts.
 """
 
@@ -20,6 +21,9 @@ from petals_chat.models.checkpoint import Checkpoint, client_tensors
 _GEMMA = ("gemma2", "gemma3_text")
 _GEMMA2_LOGIT_CAP = 30.0
 """What transformers takes ``final_logit_softcapping`` to be where config.json is silent."""
+_HALVES = (torch.bfloat16, torch.float16)
+HEAD_BLOCK = 256
+"""Rows of a 16-bit head that are converted at once; they stay in the CPU's cache until they are multiplied."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,11 @@ class ClientModules:
     """See `Checkpoint.short_context`."""
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states; embeddings and head may be 16-bit where this is float32."""
+        return self.final_norm.weight.dtype
+
+    @property
     def vocab_size(self) -> int:
         """Number of logits."""
         return self.head.shape[0]
@@ -68,17 +77,28 @@ class ClientModules:
     def embed(self, tokens: Sequence[int]) -> torch.Tensor:
         """Token ids to the input of block 0: [1, len(tokens), hidden_size]."""
         ids = torch.tensor([tokens], device=self.embeddings.device)
-        hidden_states = F.embedding(ids, self.embeddings)
+        hidden_states = F.embedding(ids, self.embeddings).to(self.dtype)
         if self.embedding_scale is not None:
             hidden_states = hidden_states * self.embedding_scale
         return self.embeddings_norm(hidden_states) if self.embeddings_norm else hidden_states
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Output of the last block, [rows, hidden_size], to logits, float32 [rows, vocab_size]."""
-        logits = F.linear(self.final_norm(hidden_states), self.head)
+        normed = self.final_norm(hidden_states)
+        is_native = self.head.dtype is normed.dtype
+        logits = F.linear(normed, self.head) if is_native else _linear_by_blocks(normed, self.head)
         if self.logit_cap is not None:
             logits = torch.tanh(logits / self.logit_cap) * self.logit_cap
         return logits.float()
+
+
+def _linear_by_blocks(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """float32 [rows, hidden_size] times 16-bit [vocab_size, hidden_size]: [rows, vocab_size]."""
+    result = rows.new_empty(rows.shape[0], weight.shape[0])
+    for start in range(0, weight.shape[0], HEAD_BLOCK):
+        block = weight[start : start + HEAD_BLOCK]
+        result[:, start : start + HEAD_BLOCK] = rows @ block.to(rows.dtype).T
+    return result
 
 
 def load_client_modules(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> ClientModules:
@@ -90,9 +110,11 @@ def load_client_modules(checkpoint: Checkpoint, *, device: torch.device, dtype: 
     names = client_tensors(checkpoint.config, checkpoint.tensors)
     files = checkpoint.fetch([name for name in dataclasses.astuple(names) if name is not None])
 
-    def read(name: str) -> torch.Tensor:
+    def read(name: str, *, may_stay_mapped: bool = False) -> torch.Tensor:
         with safe_open(files[name], framework="pt", device="cpu") as file:
             tensor: torch.Tensor = file.get_tensor(name)
+        if may_stay_mapped and device.type == "cpu" and dtype is torch.float32 and tensor.dtype in _HALVES:
+            return tensor
         return tensor.to(device=device, dtype=dtype)
 
     is_gemma = checkpoint.model_type in _GEMMA
@@ -100,7 +122,8 @@ def load_client_modules(checkpoint: Checkpoint, *, device: torch.device, dtype: 
     def read_norm(weight: str, bias: str | None) -> Norm:
         return Norm(read(weight), read(bias) if bias else None, _norm_epsilon(checkpoint.config), is_gemma)
 
-    embeddings = read(names.embeddings)
+    embeddings = read(names.embeddings, may_stay_mapped=True)
+    final_norm = read_norm(names.final_norm_weight, names.final_norm_bias)
     return ClientModules(
         embeddings=embeddings,
         embeddings_norm=(
@@ -108,9 +131,9 @@ def load_client_modules(checkpoint: Checkpoint, *, device: torch.device, dtype: 
             if names.embeddings_norm_weight
             else None
         ),
-        final_norm=read_norm(names.final_norm_weight, names.final_norm_bias),
-        head=read(names.head) if names.head else embeddings,
-        embedding_scale=embeddings.new_tensor(embeddings.shape[1] ** 0.5) if is_gemma else None,
+        final_norm=final_norm,
+        head=read(names.head, may_stay_mapped=True) if names.head else embeddings,
+        embedding_scale=final_norm.weight.new_tensor(embeddings.shape[1] ** 0.5) if is_gemma else None,
         logit_cap=_logit_cap(checkpoint.config),
         short_context=checkpoint.short_context,
     )

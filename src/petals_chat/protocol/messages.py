@@ -12,7 +12,7 @@ that point; so neither side ever buffers more than a window per request.
 from __future__ import annotations
 
 import enum
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -41,6 +41,8 @@ class SamplingParameters(msgspec.Struct, frozen=True, omit_defaults=True):
     """Added to the logits of these tokens."""
     top_logprobs: int | None = None
     """Tell the log probability of each token, and of so many of the likeliest in its place; None = of none."""
+    grammar: str | None = None
+    """What the whole text must match, in the Lark syntax of llguidance; None = any text."""
 
 
 class FinishReason(enum.StrEnum):
@@ -79,6 +81,8 @@ class StartWorker(msgspec.Struct, frozen=True, tag="start_worker"):
     request_timeout: float
     connect_timeout: float
     update_period: float
+    head: str = "auto"
+    """A value of `petals_chat.settings.HeadWeights`."""
     chat_template: str | None = None
     """Jinja, in place of the tokenizer's own; see `petals_chat.engine.chat_prompts`."""
     chat_separator: str = "\n"
@@ -97,17 +101,36 @@ class OpenSession(msgspec.Struct, frozen=True, tag="open_session"):
     """It is for one request, which may go on from the context of an earlier one of the same owner."""
 
 
-class ChatMessage(msgspec.Struct, frozen=True):
+class ToolCall(msgspec.Struct, frozen=True):
+    """A call of a function by the assistant."""
+
+    id: str
+    name: str
+    arguments: str
+    """JSON."""
+
+
+class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     """One message of a chat."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Of the assistant."""
+    tool_call_id: str | None = None
+    """What a message of role "tool" answers."""
 
 
-class ChatPrompt(msgspec.Struct, frozen=True):
+class ChatPrompt(msgspec.Struct, frozen=True, omit_defaults=True):
     """A chat, which the model's chat template turns into the prompt for the assistant's next message."""
 
     messages: tuple[ChatMessage, ...]
+    continue_final_message: bool = False
+    """The prompt ends within the last message, the assistant's, so that what is generated goes on from there."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """Functions that the assistant may call, in the form that chat templates take."""
+    answer_prefix: str = ""
+    """What the assistant's message begins with, special tokens included; the generated text follows it."""
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -130,6 +153,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """Matched on the generated text, across token borders; the matching text is part of the output."""
     hide_end_of_sequence: bool = False
     """Leave the text of the token that ends the sequence out of the output."""
+    prompt_logprobs: int | None = None
+    """Tell the log probability of each token of a session's first input, and of so many of the likeliest in its
+    place; None = of none."""
 
 
 class Generate(msgspec.Struct, frozen=True, tag="generate"):
@@ -162,21 +188,73 @@ class CloseSession(msgspec.Struct, frozen=True, tag="close_session"):
     session_id: str
 
 
+class EncodeText(msgspec.Struct, frozen=True, tag="encode_text"):
+    """Turn a text or a chat into token ids; answered by `TextEncoded`."""
+
+    request_id: int
+    inputs: str | ChatPrompt
+    add_special_tokens: bool
+    """Whether a text begins with its special tokens (BOS)."""
+
+
+class DecodeTokens(msgspec.Struct, frozen=True, tag="decode_tokens"):
+    """Turn token ids into text; answered by `TokensDecoded`."""
+
+    request_id: int
+    tokens: tuple[int, ...]
+
+
+class DescribeTokenizer(msgspec.Struct, frozen=True, tag="describe_tokenizer"):
+    """Say what the tokenizer is; answered by `TokenizerDescribed`."""
+
+    request_id: int
+
+
 class GiveBackCaches(msgspec.Struct, frozen=True, tag="give_back_caches"):
     """Other workers wait for room in the same swarm: give back attention caches that nobody uses. Has no answer."""
 
 
-Command = StartWorker | OpenSession | Generate | AcknowledgeChunks | Cancel | CloseSession | GiveBackCaches
+class CheckReachability(msgspec.Struct, frozen=True, tag="check_reachability"):
+    """Ask a member of the swarm for a sign of life; answered by `ReachabilityChecked`, within seconds."""
+
+    request_id: int
+    peer_id: str
+
+
+Command = (
+    StartWorker
+    | OpenSession
+    | Generate
+    | AcknowledgeChunks
+    | Cancel
+    | CloseSession
+    | EncodeText
+    | DecodeTokens
+    | DescribeTokenizer
+    | GiveBackCaches
+    | CheckReachability
+)
 
 
 class SwarmPeer(msgspec.Struct, frozen=True):
-    """A Petals server, as its DHT record describes it, with the blocks ``[start, end)`` it announces."""
+    """A Petals server, as it describes itself in the DHT, with the blocks ``[start, end)`` it announces.
+
+    Rates are None where the server has not measured them.
+    """
 
     peer_id: str
     start: int
     end: int
     state: str
+    """"online", "joining" (it loads its blocks), or "offline" (it has left, or does not answer)."""
     throughput: float | None = None
+    """Tokens per second that all its blocks can process for many clients, network included."""
+    inference_rps: float | None = None
+    """Steps of one token per second, through one block."""
+    forward_rps: float | None = None
+    """Tokens of long inputs per second, through one block."""
+    network_rps: float | None = None
+    """Tokens per second that its network can take."""
     public_name: str | None = None
     version: str | None = None
     cache_tokens_left: int | None = None
@@ -185,6 +263,64 @@ class SwarmPeer(msgspec.Struct, frozen=True):
     quant_type: str | None = None
     adapters: tuple[str, ...] = ()
     using_relay: bool | None = None
+    """Whether others reach it only by way of a relay."""
+    ping_seconds: float | None = None
+    """How long the worker waited for its answer; None while it has not answered."""
+
+
+class SwarmStatus(msgspec.Struct, frozen=True):
+    """Which servers hold which blocks, as a worker saw it at the time ``seen_at``."""
+
+    servers: tuple[SwarmPeer, ...] = ()
+    """In the order of their blocks; of a very large swarm not all, see `petals_chat.swarm.monitor`."""
+    block_servers: tuple[int, ...] = ()
+    """For each block, the number of servers online that hold it; of all servers. Empty = not known yet."""
+    full_blocks: tuple[int, ...] = ()
+    """Blocks that no server online with room for another context holds."""
+    initial_peers: dict[str, bool] = {}
+    """By peer id, whether it answers."""
+    seen_at: float = 0.0
+    """Seconds since 1970."""
+
+    @property
+    def missing_blocks(self) -> tuple[int, ...]:
+        """Blocks that no server online holds."""
+        return tuple(block for block, count in enumerate(self.block_servers) if count == 0)
+
+    @property
+    def rarest_block_servers(self) -> int:
+        """How many servers online hold the rarest block."""
+        return min(self.block_servers, default=0)
+
+    @property
+    def rarest_blocks(self) -> tuple[int, ...]:
+        """The blocks that so few servers hold."""
+        least = self.rarest_block_servers
+        return tuple(block for block, count in enumerate(self.block_servers) if count == least)
+
+    @property
+    def online_servers(self) -> tuple[SwarmPeer, ...]:
+        """Those of ``servers`` that hold their blocks ready."""
+        return tuple(server for server in self.servers if server.state == "online")
+
+
+class ToolStyle(enum.StrEnum):
+    """How models write that they call a function."""
+
+    HERMES = "hermes"
+    """``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``: Hermes, Qwen."""
+    LLAMA3 = "llama3"
+    """``{"name": ..., "parameters": {...}}``: Llama 3.1 and later."""
+    MISTRAL = "mistral"
+    """``[TOOL_CALLS][{"name": ..., "arguments": {...}}]``"""
+
+
+class Reachability(msgspec.Struct, frozen=True):
+    """Whether a member of the swarm answers."""
+
+    is_reachable: bool
+    message: str
+    """What was seen, for people."""
 
 
 class WorkerStarted(msgspec.Struct, frozen=True, tag="worker_started"):
@@ -197,6 +333,10 @@ class WorkerStarted(msgspec.Struct, frozen=True, tag="worker_started"):
     device: str
     max_session_length: int
     """Tokens of context that a session may have."""
+    tool_style: ToolStyle | None = None
+    """How the model's chat template writes calls of functions; None if it takes no functions."""
+    dht_prefix: str = ""
+    """Name of the model's blocks in the swarm."""
 
 
 class WorkerFailed(msgspec.Struct, frozen=True, tag="worker_failed"):
@@ -222,7 +362,8 @@ class TokenProbability(msgspec.Struct, frozen=True, array_like=True):
 
     text: bytes
     """Its text; where it is a part of a character, some of that character's bytes."""
-    logprob: float
+    logprob: float | None
+    """None for the first token of a prompt."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -248,6 +389,51 @@ class ChunkGenerated(msgspec.Struct, frozen=True, tag="chunk_generated", omit_de
     """Those of them that were processed for an earlier request; given in the last chunk."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One for each token, if they were asked for."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """Those of some of the prompt's tokens, if they were asked for; they come before all text."""
+
+
+class EncodedText(msgspec.Struct, frozen=True):
+    """Token ids, and the bytes of each."""
+
+    tokens: tuple[int, ...]
+    texts: tuple[bytes, ...]
+
+
+class TokenizerDescription(msgspec.Struct, frozen=True):
+    """What a tokenizer is."""
+
+    kind: str
+    """Name of its class in transformers."""
+    vocab_size: int
+    """With the tokens that were added."""
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str
+    """Jinja; the one that chats are worded by."""
+
+
+class TextEncoded(msgspec.Struct, frozen=True, tag="text_encoded"):
+    """Answer to `EncodeText`."""
+
+    request_id: int
+    text: EncodedText
+
+
+class TokensDecoded(msgspec.Struct, frozen=True, tag="tokens_decoded"):
+    """Answer to `DecodeTokens`."""
+
+    request_id: int
+    text: str
+
+
+class TokenizerDescribed(msgspec.Struct, frozen=True, tag="tokenizer_described"):
+    """Answer to `DescribeTokenizer`."""
+
+    request_id: int
+    description: TokenizerDescription
 
 
 class GenerationQueued(msgspec.Struct, frozen=True, tag="generation_queued"):
@@ -265,6 +451,13 @@ class RequestFailed(msgspec.Struct, frozen=True, tag="request_failed"):
     error: ErrorReport
 
 
+class ReachabilityChecked(msgspec.Struct, frozen=True, tag="reachability_checked"):
+    """Answer to `CheckReachability`."""
+
+    request_id: int
+    reachability: Reachability
+
+
 class StatusReported(msgspec.Struct, frozen=True, tag="status_reported"):
     """What the worker knows, sent every few seconds without being asked."""
 
@@ -272,7 +465,7 @@ class StatusReported(msgspec.Struct, frozen=True, tag="status_reported"):
     running_generations: int
     tokens_generated: int
     """Since the worker started, as all counts here."""
-    peers: tuple[SwarmPeer, ...]
+    swarm: SwarmStatus = SwarmStatus()
     resident_sessions: int = 0
     """Contexts that hold attention caches."""
     waiting_generations: int = 0
@@ -286,8 +479,6 @@ class StatusReported(msgspec.Struct, frozen=True, tag="status_reported"):
     """Tokens that did not have to be processed because of that."""
     caches_given_back: int = 0
     """Attention caches that made room for others, or were not used for long."""
-    swarm_error: str | None = None
-    """Why the swarm could not be asked, if so."""
 
 
 Event = (
@@ -297,7 +488,11 @@ Event = (
     | SessionClosed
     | ChunkGenerated
     | GenerationQueued
+    | TextEncoded
+    | TokensDecoded
+    | TokenizerDescribed
     | RequestFailed
+    | ReachabilityChecked
     | StatusReported
 )
 

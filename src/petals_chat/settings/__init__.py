@@ -6,11 +6,15 @@ environment. It knows what a valid configuration is, not what is done with it.
 
 from petals_chat.settings.loading import load_settings
 from petals_chat.settings.sections import (
+    ApiKeySettings,
+    ApiSettings,
     ChatSettings,
     Device,
     Dtype,
     EngineSettings,
     GenerationDefaults,
+    HeadWeights,
+    HistorySettings,
     LimitSettings,
     ModelSettings,
     Multiaddress,
@@ -23,11 +27,15 @@ from petals_chat.settings.sections import (
 from petals_chat.settings.sources import find_configuration_file
 
 __all__ = [
+    "ApiKeySettings",
+    "ApiSettings",
     "ChatSettings",
     "Device",
     "Dtype",
     "EngineSettings",
     "GenerationDefaults",
+    "HeadWeights",
+    "HistorySettings",
     "LimitSettings",
     "ModelSettings",
     "Multiaddress",

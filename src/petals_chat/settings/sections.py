@@ -62,6 +62,14 @@ class Dtype(enum.StrEnum):
     FLOAT16 = "float16"
 
 
+class HeadWeights(enum.StrEnum):
+    """How a CPU that computes in float32 has the weights of a 16-bit LM head. ``AUTO``: copied if that is faster."""
+
+    AUTO = "auto"
+    MAPPED = "mapped"
+    COPIED = "copied"
+
+
 class Section(BaseModel):
     """A table of settings."""
 
@@ -114,6 +122,68 @@ class LimitSettings(Section):
     """A generation that has waited this long for room fails."""
     request_timeout_seconds: Seconds = 1800
     """A single generation is ended with an error after this time."""
+    max_answers: Annotated[int, Field(ge=1)] = 256
+    """Answers written at once that outlive their connection, all models together."""
+    max_answers_of_client: Annotated[int, Field(ge=1)] = 8
+    """Those of one visitor, or of one address if it has no cookie."""
+    answer_retention_seconds: Seconds = 300
+    """How long such an answer can still be attached to after its end."""
+
+
+class HistorySettings(Section):
+    """``[history]``: the chats of the page's visitors."""
+
+    enabled: bool = True
+    """Keep chats on the server, so that no answer is lost. If not, the page keeps them in the visitor's browser."""
+    url: Text | None = None
+    """Database, as SQLAlchemy writes it: "sqlite:////var/lib/chats.sqlite3", "postgresql://user:password@host/name".
+    Unset = the SQLite file history.sqlite3 in ``engine.data_dir``."""
+    expire_days: Annotated[int, Field(ge=1, le=36500)] | None = None
+    """Chats in which nothing was written for so many days are deleted. Unset = never."""
+    max_chats: Annotated[int, Field(ge=1)] = 1000
+    """Chats of one visitor."""
+    max_chat_messages: Annotated[int, Field(ge=2)] = 1000
+    """Messages of one chat, all its branches together."""
+    max_chat_chars: Annotated[int, Field(ge=1000, le=16 * 1024 * 1024)] = 2_000_000
+    """Characters of all messages of one chat."""
+    max_file_bytes: Annotated[int, Field(ge=1024 * 1024)] = 16 * 1024**3
+    """Size of the SQLite file. (Other databases have limits of their own.)"""
+
+
+class ApiKeySettings(Section):
+    """``[[api.keys]]``: a key of the APIs; ``petals-chat keys add`` makes one."""
+
+    name: Text
+    """Whose key it is. Names are not secret: the log and clients may read them."""
+    hash: Annotated[
+        str,
+        Field(
+            pattern=r"^sha256:[0-9a-f]{64}$",
+            json_schema_extra={"wording": 'like "sha256:..." with 64 hexadecimal digits'},
+        ),
+    ]
+    """The key's SHA-256; the key itself is written nowhere."""
+    models: tuple[Text, ...] | None = None
+    """Keys of the models that it may use. Unset = all."""
+    requests_per_minute: Annotated[int, Field(ge=0)] | None = None
+    """Overrides ``api.requests_per_minute``."""
+    tokens_per_minute: Annotated[int, Field(ge=0)] | None = None
+    """Overrides ``api.tokens_per_minute``."""
+    concurrent_generations: Annotated[int, Field(ge=0)] | None = None
+    """Overrides ``api.concurrent_generations``."""
+
+
+class ApiSettings(Section):
+    """``[api]``: who may use the APIs, and how much. Limits are those of one key; without a key, of one address."""
+
+    keys: tuple[ApiKeySettings, ...] = ()
+    """Those who may use the APIs. Empty = everybody who reaches the server."""
+    requests_per_minute: Annotated[int, Field(ge=0)] = 0
+    """Generations begun in a minute; 0 = no limit."""
+    tokens_per_minute: Annotated[int, Field(ge=0)] = 0
+    """Tokens of prompts and answers in a minute; 0 = no limit."""
+    concurrent_generations: Annotated[int, Field(ge=0)] = 0
+    """Generations at once; 0 = no limit."""
 
 
 class SwarmSettings(Section):
@@ -136,6 +206,9 @@ class SwarmSettings(Section):
     cache_idle_timeout_seconds: Seconds = 60
     """Attention caches that are not used for this time are given back; the session stays, and fills them again
     when it goes on."""
+    show_join_command: bool = False
+    """Show everybody who can open the page how a machine is added to a private swarm. Who adds one can read what is
+    asked there, and change the answers. (The public swarm is open to all anyway.)"""
     host_address: str = "127.0.0.1"
     """Address on which the started host accepts other machines; the default accepts none."""
     host_port: Annotated[int, Field(ge=0, le=65535)] = 0
@@ -159,6 +232,9 @@ class EngineSettings(Section):
     """Where to compute."""
     dtype: Dtype = Dtype.AUTO
     """Precision."""
+    head: HeadWeights = HeadWeights.AUTO
+    """How a CPU that computes in float32 has a 16-bit LM head: "mapped" from the file and converted as it is used,
+    "copied" as float32, which takes twice the memory, or "auto", whichever is faster by a measurement at the start."""
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of one process; 0 = as torch chooses, one for a small model."""
     workers: Annotated[int, Field(ge=1, le=64)] = 1
@@ -169,8 +245,8 @@ class EngineSettings(Section):
     start_timeout_seconds: Seconds = 3600
     """Time for a model to load, downloads included."""
     data_dir: Path = Field(default_factory=_user_data_dir)
-    """Where identities of hosts and built models are kept. Unset = petals-chat in the user's data directory
-    (XDG_DATA_HOME, else ~/.local/share)."""
+    """Where identities of hosts, built models and the visitors' chats are kept. Unset = petals-chat in the user's
+    data directory (XDG_DATA_HOME, else ~/.local/share)."""
 
 
 class GenerationDefaults(Section):
@@ -247,6 +323,8 @@ class Settings(Section):
 
     server: ServerSettings = ServerSettings()
     limits: LimitSettings = LimitSettings()
+    api: ApiSettings = ApiSettings()
     swarm: SwarmSettings = SwarmSettings()
     engine: EngineSettings = EngineSettings()
+    history: HistorySettings = HistorySettings()
     models: tuple[ModelSettings, ...] = ()

@@ -46,8 +46,7 @@ def expected(path: KeyPath) -> str:
 
 def keys_of(path: KeyPath) -> list[str]:
     """The settings of the table at ``path``; () = the sections. Not a table: none."""
-    schema = schema_of(path)
-    return [key for key in (schema or {}).get("properties", ()) if (*path[:1], key) != ("models", "key")]
+    return [key for key in table_of(path).get("properties", ()) if (*path[:1], key) != ("models", "key")]
 
 
 def known_settings() -> Iterator[KeyPath]:
@@ -61,11 +60,20 @@ def schema_of(path: KeyPath) -> Schema | None:
     for depth, part in enumerate(path):
         if depth == 1 and path[0] == "models":
             schema = _resolved(schema["items"])  # the entries are a list in the types, a table for people
-        elif part in schema.get("properties", ()):
-            schema = _resolved(schema["properties"][part])
+        elif part in (settings := _entries(schema).get("properties", {})):
+            schema = _resolved(settings[part])
         else:
             return None
     return schema
+
+
+def table_of(path: KeyPath) -> Schema:
+    """The JSON schema of the table at ``path``, or of each of the tables there; empty if there is none."""
+    return _entries(schema_of(path) or {})
+
+
+def _entries(schema: Schema) -> Schema:
+    return _resolved(schema["items"]) if schema.get("type") == "array" else schema
 
 
 @functools.cache
@@ -97,7 +105,7 @@ def _phrase(schema: Schema, *, plural: bool) -> str:
         case "array":
             return f"a list of {_phrase(schema['items'], plural=True)}"
         case "object":
-            return "a table of settings"
+            return f"{'tables' if plural else 'a table'} of settings"
     kind = ("non-empty " if schema.get("minLength") else "") + ("path" if "format" in schema else "string")
     words = [f"{kind}s" if plural else f"a {kind}"]
     if "wording" in schema:

@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ def load_peft(name: str, block_idx: int, **_: Any) -> tuple[AdapterConfig, dict[
     _require_plain_lora(name, config)
     of_block = re.compile(rf"\.(?:layers|h|blocks)\.{block_idx}\.(.+)$")
     with safe_open(repository.path(WEIGHTS_FILE), framework="pt", device="cpu") as file:
+        _require_no_experts(name, file.keys())
         matches = {key: match for key in file.keys() if (match := of_block.search(key))}  # noqa: SIM118
         return config, {match.group(1): file.get_tensor(key) for key, match in matches.items()}
 
@@ -83,14 +84,25 @@ def create_lora_adapter(block: torch.nn.Module, quant_type: Any) -> None:
 def add_adapter_to_block(
     block: Any, block_index: int, adapter_name: str, config: AdapterConfig, tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Put the adapter's tensors for this block beside the linear layers that they change."""
+    """Put the adapter's tensors for this block beside the linear layers that they change.
+
+    Raises:
+        ConfigurationError: the block has no such layer.
+    """
     (shard,) = block.module_shards
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     for key in tensors:
         if not key.endswith(".lora_A.weight"):
             continue
         path = key.removesuffix(".lora_A.weight")
-        layer = shard.get_submodule(path)
+        try:
+            layer = shard.get_submodule(path)
+        except AttributeError:
+            layer = None
+        if not isinstance(layer, torch.nn.Linear | LoraLinear):  # those of bitsandbytes are of torch's kind
+            raise ConfigurationError(
+                f"adapter {adapter_name}: it changes {path}, which is no linear layer of this model's blocks"
+            )
         if not isinstance(layer, LoraLinear):
             parent, _, child = path.rpartition(".")
             layer = LoraLinear(layer)
@@ -121,3 +133,11 @@ def _require_plain_lora(name: str, config: AdapterConfig) -> None:
             raise ConfigurationError(
                 f"adapter {name}: {key} is {config.get(key)!r}; hosts can serve plain LoRA adapters only"
             )
+
+
+def _require_no_experts(name: str, keys: Iterable[str]) -> None:
+    if key := next((key for key in keys if re.search(r"\.experts\b", key)), None):
+        raise ConfigurationError(
+            f"adapter {name}: it changes the experts of a mixture ({key}); hosts can serve adapters of attention and "
+            "of layers without experts only"
+        )

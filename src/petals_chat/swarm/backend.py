@@ -13,21 +13,26 @@ from typing import Any
 import petals.server.server as petals_server
 import torch
 from hivemind.utils.tensor_descr import TensorDescriptor
+from petals.data_structures import InferenceMetadata
 from petals.server.backend import TransformerBackend
 from safetensors import safe_open
 
 from petals_chat.errors import ConfigurationError
 from petals_chat.models.checkpoint import Checkpoint
 from petals_chat.swarm import adapters
-from petals_chat.swarm.blocks import KeysValues
+from petals_chat.swarm.batching import install_batching
+from petals_chat.swarm.blocks import Batch, KeysValues, Piece
 from petals_chat.swarm.families import head_size, key_value_heads
 
 
-def install_backend(checkpoint: Checkpoint, before_block: Callable[[], None]) -> None:
+def install_backend(
+    checkpoint: Checkpoint, before_block: Callable[[], None], *, shares_turns: bool = True
+) -> None:
     """Make Petals' server serve ``checkpoint``.
 
     Args:
         before_block: called before each block is loaded; what it raises stops the loading.
+        shares_turns: whether tokens of different sessions are computed together.
     """
 
     def load_pretrained_block(
@@ -38,29 +43,51 @@ def install_backend(checkpoint: Checkpoint, before_block: Callable[[], None]) ->
 
     petals_server.load_pretrained_block = load_pretrained_block
     petals_server.TransformerBackend = SwarmBackend
+    install_batching(shares_turns=shares_turns)
     # Petals' adapters need the peft of 2023 and import bitsandbytes, with or without adapters.
     sys.modules["petals.utils.peft"] = adapters
 
 
 class SwarmBackend(TransformerBackend):  # type: ignore[misc]
-    """Runs the steps of one block. Petals takes ``hidden_size / heads`` for the size of a head, which many
-    families set by themselves (``head_dim``); here the attention caches have the block's true size.
+    """Runs the steps of one block, whose caches have other shapes than Petals', and are written in place.
+
+    Petals 2.2 takes ``hidden_size / heads`` for the size of a head, which many families set by themselves
+    (``head_dim``), keeps keys transposed, and copies a layer's whole cache for each token.
     """
 
-    def get_inference_cache_descriptors(self, batch_size: int, max_length: int) -> Sequence[TensorDescriptor]:
-        """Keys [batch, kv_heads, head_size, length] and values [batch, kv_heads, length, head_size]."""
-        (device,) = self.module.devices
-        heads, size = key_value_heads(self.config), head_size(self.config)
-        return (
-            TensorDescriptor((batch_size, heads, size, max_length), dtype=self.dtype, device=device),
-            TensorDescriptor((batch_size, heads, max_length, size), dtype=self.dtype, device=device),
-        )
+    @property
+    def block(self) -> Any:
+        """The block itself; Petals wraps it for several devices, of which a host uses one."""
+        (block,) = self.module.module_shards
+        return block
 
-    def _select_layer_past(self, cache_tensors: Sequence[torch.Tensor], prefix_length: int) -> KeysValues:
-        # Petals 2.2 tells a block nothing of the session's room, by which it chooses between the frequencies of
-        # short and long contexts.
-        keys, values = super()._select_layer_past(cache_tensors, prefix_length)
-        return KeysValues.with_room(keys, values, room=cache_tensors[1].shape[2])
+    def get_inference_cache_descriptors(self, batch_size: int, max_length: int) -> Sequence[TensorDescriptor]:
+        """Keys and values, each [batch, kv_heads, length, head_size]."""
+        (device,) = self.module.devices
+        shape = (batch_size, key_value_heads(self.config), max_length, head_size(self.config))
+        return [TensorDescriptor(shape, dtype=self.dtype, device=device) for _ in KeysValues._fields]
+
+    @torch.inference_mode()
+    def inference_step(
+        self, hidden_states: torch.Tensor, hypo_ids: torch.Tensor, inference_info: InferenceMetadata
+    ) -> tuple[torch.Tensor]:
+        """Compute a step of one session, [batch, length, hidden_size]; Petals' method of that name."""
+        with (
+            self.memory_cache.use_cache(*inference_info.cache_handles) as tensors,
+            adapters.using_adapter(inference_info.active_adapter),
+        ):
+            self._reorder_cache_inplace(tensors, hypo_ids)
+            cache = KeysValues(*tensors)
+            start, outputs = inference_info.prefix_length, []
+            # Scores of a long prompt may take more memory than there is.
+            longest = self._estimate_max_chunk_length(hidden_states, inference_info)
+            for chunk in torch.split(hidden_states, longest, dim=1):
+                rows, length, _ = chunk.shape
+                piece = Piece(start, length, room=cache.keys.shape[2], rows=rows)
+                output = self.block.step(chunk.flatten(0, 1)[None], Batch([piece], chunk.device), [cache])
+                outputs.append(output.view(chunk.shape))
+                start += length
+            return (torch.cat(outputs, dim=1),)
 
 
 def load_block(checkpoint: Checkpoint, block_index: int, config: Any, dtype: torch.dtype) -> torch.nn.Module:

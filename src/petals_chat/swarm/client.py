@@ -1,4 +1,4 @@
-"""The swarm as the engine sees it: sessions that turn hidden states into hidden states, and a list of peers.
+"""The swarm as the engine sees it: sessions that turn hidden states into hidden states, and a list of servers.
 
 Membership in the swarm and the choice of servers are Petals' own (`RemoteSequenceManager`); this module starts
 and stops them, and bridges their blocking calls to asyncio.
@@ -10,11 +10,11 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Literal, NoReturn, TypeVar
 
 from petals_chat.errors import SwarmUnreachableError
-from petals_chat.protocol.messages import SwarmPeer
+from petals_chat.protocol.messages import Reachability, SwarmStatus
 from petals_chat.swarm import compat
 
 compat.install()
@@ -29,9 +29,10 @@ from hivemind.utils.multiaddr import Multiaddr
 from petals.client.config import ClientConfig
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.constants import PUBLIC_INITIAL_PEERS
-from petals.data_structures import CHAIN_DELIMITER, RemoteSpanInfo, ServerState
+from petals.data_structures import CHAIN_DELIMITER, RemoteSpanInfo
 from petals.server.handler import TransformerConnectionHandler
 
+from petals_chat.swarm.monitor import SwarmMonitor
 from petals_chat.swarm.session import SwarmSession
 
 Result = TypeVar("Result")
@@ -92,7 +93,16 @@ class SwarmClient:
             tuple(f"{options.dht_prefix}.{block}" for block in range(options.num_blocks)),
             dht=self._dht,
         )
-        self._routing = SwarmRouting(self._manager)
+        self._monitor = SwarmMonitor(
+            self._dht,
+            self._manager.state.p2p,
+            dht_prefix=options.dht_prefix,
+            num_blocks=options.num_blocks,
+            initial_peers=peers,
+            active_adapter=options.active_adapter,
+            period=options.update_period,
+        )
+        self._routing = SwarmRouting(self._manager, on_failure=self._monitor.look_again)
         self._initial_peers = peers
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
@@ -102,7 +112,11 @@ class SwarmClient:
 
     async def refresh(self) -> None:
         """Fetch the list of servers for the first time; later it is refreshed in the background."""
-        await self._routing.refresh()
+        await asyncio.gather(self._routing.refresh(), self._monitor.read())
+
+    async def watch(self) -> NoReturn:
+        """Keep `status` up to date."""
+        await self._monitor.run()
 
     async def stay_joined(self) -> NoReturn:
         """Look for the initial peers again while blocks are missing.
@@ -121,28 +135,18 @@ class SwarmClient:
         """A session with room for ``max_length`` tokens; servers are chosen and memory taken at its first step."""
         return SwarmSession(self._routing, max_length)
 
-    def peers(self) -> tuple[SwarmPeer, ...]:
-        """The servers of the model's blocks as the last refresh found them. Never waits."""
-        return tuple(
-            SwarmPeer(
-                peer_id=span.peer_id.to_base58(),
-                start=span.start,
-                end=span.end,
-                state=ServerState(span.server_info.state).name.lower(),
-                throughput=span.server_info.throughput,
-                public_name=span.server_info.public_name,
-                version=span.server_info.version,
-                cache_tokens_left=_cache_tokens_left(span),
-                torch_dtype=span.server_info.torch_dtype,
-                quant_type=span.server_info.quant_type,
-                adapters=tuple(span.server_info.adapters),
-                using_relay=span.server_info.using_relay,
-            )
-            for span in list(self._manager.state.sequence_info.spans_by_priority)
-        )
+    @property
+    def status(self) -> SwarmStatus:
+        """The servers of the model's blocks, as they were seen last. Never waits."""
+        return self._monitor.status
+
+    async def check_reachability(self, peer_id: str) -> Reachability:
+        """See `SwarmMonitor.check_reachability`."""
+        return await self._monitor.check_reachability(peer_id)
 
     def close(self) -> None:
         """Leave the swarm; every session must be closed before. The order keeps hivemind's destructors quiet."""
+        self._monitor.close()
         self._manager.shutdown()
         RemoteExpertWorker.run_coroutine(self._manager.state.p2p.shutdown())
         self._dht.shutdown()
@@ -150,10 +154,15 @@ class SwarmClient:
 
 
 class SwarmRouting:
-    """Petals' `RemoteSequenceManager` for asyncio: what may block there runs in a thread here."""
+    """Petals' `RemoteSequenceManager` for asyncio: what may block there runs in a thread here.
 
-    def __init__(self, manager: RemoteSequenceManager) -> None:
+    Args:
+        on_failure: called when a server failed.
+    """
+
+    def __init__(self, manager: RemoteSequenceManager, on_failure: Callable[[], None]) -> None:
         self._manager = manager
+        self._on_failure = on_failure
         self.num_blocks = len(manager)
         self.max_attempts: int = manager.config.max_retries
         self.connect_timeout: float = manager.config.connect_timeout
@@ -209,6 +218,7 @@ class SwarmRouting:
         with self._manager.lock_changes:
             info = self._manager.state.sequence_info
             info.spans_by_priority, info.spans_containing_block = info._sort_spans(info.block_infos)
+        self._on_failure()
 
     def note_full(self, span: RemoteSpanInfo) -> None:
         """Prefer other servers, if there are any with room, until the list of servers is fetched again."""
@@ -228,12 +238,6 @@ class SwarmRouting:
     def retry_delay(self, attempt: int) -> float:
         """Seconds to wait after the failed attempt number ``attempt``, counted from 0."""
         return float(self._manager.get_retry_delay(attempt))
-
-
-def _cache_tokens_left(span: RemoteSpanInfo) -> int | None:
-    """Petals counts keys and values of each block separately; people count tokens of a session."""
-    left: int | None = span.server_info.cache_tokens_left
-    return None if left is None else left // (2 * span.length)
 
 
 async def _greet_peers(_: DHT, node: DHTNode, *, addresses: Sequence[str]) -> int:

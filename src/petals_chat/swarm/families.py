@@ -20,7 +20,8 @@ from petals_chat.errors import ConfigurationError
 class Family:
     """A family of models in transformers. The defaults are those of layers derived from Llama's.
 
-    Its attention must store keys and values with ``update`` of a transformers ``Cache``.
+    Its attention must pass keys and values to a registered attention function, together with arguments that the layer
+    does not know; or, if it ``attends_itself``, store them with ``update`` of a transformers ``Cache``.
     """
 
     model_type: str
@@ -33,6 +34,8 @@ class Family:
     layer_class: str = "DecoderLayer"
     attention: str = "self_attn"
     """The layer's attribute that is its attention."""
+    attends_itself: bool = False
+    """Whether its attention computes scores itself, and does not ask for an attention function."""
     cache_argument: str = "past_key_values"
     """The layer's argument that takes the cache."""
     rotary_by_layer_type: bool = False
@@ -81,6 +84,7 @@ def _falcon_key_value_heads(config: Any) -> int:
 
 _BIGSCIENCE: dict[str, Any] = {
     "attention": "self_attention",
+    "attends_itself": True,
     "cache_argument": "layer_past",
     "block_prefixes": ("transformer.h", "h"),
 }

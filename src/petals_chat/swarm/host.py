@@ -11,10 +11,11 @@ import logging
 import os
 import resource
 import signal
-import socket
 import sys
 import threading
-from typing import TYPE_CHECKING, NoReturn
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -25,18 +26,34 @@ from petals_chat.errors import (
     InternalError,
     PetalsChatError,
 )
-from petals_chat.models.checkpoint import open_checkpoint
-from petals_chat.swarm.families import family_of
-from petals_chat.swarm.host_options import HostOptions, HostReady, Quantization
+from petals_chat.swarm.host_display import HostDisplay, block_ranges
+from petals_chat.swarm.host_options import HostOptions, HostReady
+from petals_chat.swarm.host_plan import HostPlan, make_plan
+from petals_chat.swarm.join_token import (
+    JoinToken,
+    encode_token,
+    is_address,
+    is_loopback,
+    join_command,
+    shortened,
+)
 from petals_chat.swarm.processes import descendants, kill
 
 if TYPE_CHECKING:
     from petals_chat.swarm.server import BlockServer
 
+logger = logging.getLogger(__name__)
+
 STOP_TIMEOUT_SECONDS = 2.5
 """How long leaving the swarm may take before everything is ended the hard way."""
 CHECK_PERIOD_SECONDS = 1.0
 OPEN_FILES = 1 << 16
+PUBLISH_PERIOD_SECONDS = 15.0
+RECORD_VALID_SECONDS = 90.0
+"""How long a swarm says what it serves after its last host has gone."""
+TOKEN_ADDRESSES = 3
+"""Of the host that makes the token; a machine has as many addresses as networks."""
+FAILED, UNUSABLE_CONFIGURATION = 1, 2
 
 
 def serve_host(options: HostOptions) -> int:
@@ -68,13 +85,18 @@ class _Host:
         self.stop = threading.Event()
         self._options = options
         self._ready_fd = options.ready_fd
+        is_quiet = options.json or options.ready_fd is not None  # then a program speaks for this process
+        self._display = HostDisplay(sys.stdout, is_quiet=is_quiet)
         self._server: BlockServer | None = None
+        self._is_ready = False
+        self._missing: list[int] = []
         self._error: Exception | None = None
 
     def serve(self) -> int:
         worker = threading.Thread(target=self._work, daemon=True)
         worker.start()
         connected = self._wait_for_stop()
+        self._display.clear()
         if not self._options.debug:  # no complaints of what is being taken apart
             logging.disable(logging.CRITICAL)
             threading.excepthook = lambda _: None
@@ -83,21 +105,23 @@ class _Host:
             self._server.stop()
             worker.join(STOP_TIMEOUT_SECONDS)
         kill([*started, *descendants()])
-        if self._error:
-            self._report({"error": _error_report(self._error)})
-        if worker.is_alive() or _is_held_up():
-            self._exit_now()
-        if self._error:
-            raise self._error
-        return 0
+        return self._end(is_held_up=worker.is_alive() or _is_held_up())
 
     def _wait_for_stop(self) -> bool:
         """Whether the host is still connected to its swarm, and can leave it in order."""
         while not self.stop.wait(CHECK_PERIOD_SECONDS):
-            if self._server and not self._server.is_connected:
-                self._error = EngineError("the process that connects this host to its swarm has ended")
-                return False
+            if self._server:
+                if not self._server.is_connected:
+                    self._error = EngineError("the process that connects this host to its swarm has ended")
+                    return False
+                self._show_state(self._server)
         return True
+
+    def _show_state(self, server: BlockServer) -> None:
+        if loading := server.loading:
+            self._display.show_loading(*loading)
+        elif self._is_ready and (load := server.load):
+            self._display.show_load(load, self._missing, time.monotonic())
 
     def _work(self) -> None:
         try:
@@ -108,78 +132,112 @@ class _Host:
             self.stop.set()
 
     def _serve_blocks(self) -> None:
-        options = self._options
-        checkpoint = open_checkpoint(options.model, options.revision)
-        family = family_of(checkpoint.model_type)
-        _require_blocks(options.blocks, checkpoint.num_blocks)
-        _require_free_port(options.address, options.port)
-
-        from petals_chat.head.precision import resolve_device
-        from petals_chat.swarm import compat
-
-        device = resolve_device(options.device)
-        if options.quantization is not Quantization.NONE and device.type != "cuda":
-            raise ConfigurationError(
-                f"--quantization {options.quantization}: blocks can be quantised on a CUDA device only"
-            )
-        compat.install()
-        compat.log_to_stderr(debug=options.debug)
+        plan = make_plan(self._options)
 
         from petals_chat.swarm.server import BlockServer, Stopped
 
-        self._server = server = BlockServer(options, checkpoint, family, device)
+        if self.stop.is_set():
+            return
+        self._server = server = BlockServer(plan.options, plan.checkpoint, plan.family, plan.device)
         if self.stop.is_set():
             server.stop()
-        self._say(f"Loading {server.description}")
-        threading.Thread(target=self._attend, args=(server,), daemon=True).start()
+        self._display.say(f"Loading {server.description}")
+        threading.Thread(target=self._attend, args=(server, plan), daemon=True).start()
         try:
             with contextlib.suppress(Stopped):
                 server.run()
         finally:
             server.close()
 
-    def _attend(self, server: BlockServer) -> None:
-        """Tell when the server can be used."""
+    def _attend(self, server: BlockServer, plan: HostPlan) -> None:
+        """Tell when the server can be used; then tell the swarm again and again what is served."""
         try:
-            if server.wait_until_online():
-                ready = server.ready
-                self._report(ready)
-                self._introduce(ready)
+            if not server.wait_until_online():
+                return
+            self._introduce(server, plan)
         except Exception as error:
             self._error = self._error or error
             self.stop.set()
+        while not self.stop.wait(PUBLISH_PERIOD_SECONDS):
+            try:
+                self._look_at_swarm(server, plan)
+            except Exception as error:
+                logger.debug("the swarm cannot be asked: %r", error)
 
-    def _introduce(self, ready: HostReady) -> None:
-        self._say(f"Serving blocks {ready.start}:{ready.end} of {ready.num_blocks}. Ctrl-C stops.")
-        if self._options.initial_peers == "public":
-            return
-        abroad = [peer for peer in ready.peers if "/127.0.0.1/" not in peer and "/::1/" not in peer]
-        address = (abroad or ready.peers)[0]
-        self._say("Another machine joins this swarm with" if abroad else "Only this machine can join, with")
-        self._say(f"    petals-chat host {self._options.model} --initial-peers {address}")
-        self._say("and a gateway uses it with, in petals-chat.toml,")
-        self._say(f'    [swarm]\n    initial_peers = ["{address}"]')
+    def _look_at_swarm(self, server: BlockServer, plan: HostPlan) -> None:
+        if plan.options.initial_peers != "public":
+            server.publish(plan.record, valid_seconds=RECORD_VALID_SECONDS)
+        self._missing = server.missing_blocks()
 
-    def _say(self, line: str) -> None:
-        if self._options.ready_fd is None:  # else a parent speaks for this process
-            with contextlib.suppress(BrokenPipeError):  # whoever read has read enough
-                print(line, flush=True)
+    def _introduce(self, server: BlockServer, plan: HostPlan) -> None:
+        self._look_at_swarm(server, plan)
+        ready = server.ready
+        if plan.options.initial_peers != "public":
+            ready = msgspec.structs.replace(ready, join_token=_join_token(ready, plan))
+        self._report(ready)
+        if self._options.json:
+            with contextlib.suppress(BrokenPipeError):
+                print(msgspec.json.encode(ready).decode(), flush=True)
+        for line in introduction(ready, plan, self._missing):
+            self._display.say(line)
+        self._is_ready = True
 
-    def _report(self, line: HostReady | dict[str, ErrorReport]) -> None:
-        """Write the only line to ``ready_fd``."""
+    def _report(self, line: HostReady | dict[str, ErrorReport]) -> bool:
+        """Write the only line to ``ready_fd``; returns whether there was such a descriptor, and not used yet."""
         if self._ready_fd is None:
-            return
+            return False
         fd, self._ready_fd = self._ready_fd, None
         with contextlib.suppress(BrokenPipeError), os.fdopen(fd, "wb") as pipe:
             pipe.write(msgspec.json.encode(line) + b"\n")
+        return True
 
-    def _exit_now(self) -> NoReturn:
-        """End without threads that wait for what will not come any more."""
-        if self._error:
-            print(f"petals-chat: {self._error}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1 if self._error else 0)
+    def _end(self, *, is_held_up: bool) -> int:
+        """The exit code, after the error was told to the parent, if there is one who reads.
+
+        Args:
+            is_held_up: end the process here, without threads that wait for what will not come any more.
+
+        Raises:
+            Exception: the error, if the caller is to tell it.
+        """
+        error = self._error
+        is_told = error is not None and self._report({"error": _error_report(error)})
+        code = _exit_code(error)
+        if is_held_up:
+            if error and not is_told:
+                print(f"petals-chat: {error}", file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        if error and not (is_told and isinstance(error, PetalsChatError)):
+            raise error
+        return code
+
+
+def introduction(ready: HostReady, plan: HostPlan, missing: Sequence[int]) -> Iterator[str]:
+    """What a person reads when the host serves."""
+    yield f"Serving blocks {ready.start}:{ready.end} of {ready.num_blocks}. Ctrl-C stops."
+    if ready.join_token is None:
+        return
+    if missing:
+        yield f"Nobody serves blocks {block_ranges(missing)} yet: more machines are needed."
+    yield "Only this machine can join, with" if _is_local(ready) else "Another machine joins this swarm with"
+    yield f"    {join_command(ready.join_token, needs_directory=plan.record.model is None)}"
+    if plan.record.model is None:
+        yield "where DIRECTORY is its copy of the model,"
+    yield "and a gateway uses it with, in petals-chat.toml,"
+    yield f'    [swarm]\n    initial_peers = ["{shortened(ready.peers, 1)[0]}"]'
+
+
+def _join_token(ready: HostReady, plan: HostPlan) -> str:
+    """Addresses of this host, and one of the swarm that it has joined, in case that this host goes away."""
+    known = tuple(peer for peer in plan.options.initial_peers if is_address(peer))[:1]
+    peers = dict.fromkeys((*shortened(ready.peers, TOKEN_ADDRESSES), *known))
+    return encode_token(JoinToken(ready.dht_prefix, plan.record.digest, tuple(peers)))
+
+
+def _is_local(ready: HostReady) -> bool:
+    return all(map(is_loopback, ready.peers))
 
 
 def _raise_file_limit() -> None:
@@ -187,6 +245,12 @@ def _raise_file_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _exit_code(error: Exception | None) -> int:
+    if error is None:
+        return 0
+    return UNUSABLE_CONFIGURATION if isinstance(error, ConfigurationError) else FAILED
 
 
 def _is_held_up() -> bool:
@@ -209,24 +273,3 @@ def _error_report(error: Exception) -> ErrorReport:
     internal = InternalError()
     internal.__cause__ = error
     return internal.report()
-
-
-def _require_blocks(blocks: tuple[int, int] | None, num_blocks: int) -> None:
-    if blocks and not 0 <= blocks[0] < blocks[1] <= num_blocks:
-        raise ConfigurationError(
-            f"--blocks {blocks[0]}:{blocks[1]}: the model has blocks 0:{num_blocks}; "
-            "give the first one to serve, and the first one after it not to serve"
-        )
-
-
-def _require_free_port(address: str, port: int) -> None:
-    """libp2p would share the port with another libp2p process, and each get half of the connections."""
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-        except OSError as error:
-            raise ConfigurationError(
-                f"cannot listen on {address} port {port}: {error.strerror}. "
-                "Choose another with --port, or another address of this machine with --address"
-            ) from None

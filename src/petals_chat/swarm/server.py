@@ -10,6 +10,7 @@ import functools
 import gc
 import re
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,20 @@ import torch
 from google.protobuf.message import DecodeError
 from hivemind.p2p import P2P, P2PDaemonError, PeerID
 from petals.constants import PUBLIC_INITIAL_PEERS
-from petals.data_structures import ServerState
+from petals.data_structures import RemoteModuleInfo, ServerState
 from petals.utils.convert_block import QuantType
 from petals.utils.dht import get_remote_module_infos
 
 from petals_chat.errors import ConfigurationError, SwarmUnreachableError
 from petals_chat.head.precision import resolve_dtype
 from petals_chat.models.checkpoint import Checkpoint
+from petals_chat.swarm.activity import Activity
 from petals_chat.swarm.backend import install_backend
 from petals_chat.swarm.families import Family, register
-from petals_chat.swarm.host_options import HostOptions, HostReady
+from petals_chat.swarm.host_options import HostLoad, HostOptions, HostReady, Quantization, Relay
+from petals_chat.swarm.living import living_servers
 from petals_chat.swarm.naming import default_dht_prefix
+from petals_chat.swarm.record import SwarmRecord, publish_record
 from petals_chat.swarm.tied import TiedDHT, TiedHandler
 
 THROUGHPUT_UNMEASURED = 1.0
@@ -40,6 +44,10 @@ SMALL_HIDDEN_SIZE = 512
 SESSION_TIMEOUT_SECONDS = 24 * 3600.0
 """Of a whole session. One that is not used ends after Petals' ``step_timeout``, 5 minutes."""
 HEALTH_CHECK_SECONDS = 5.0
+BALANCE_CHECK_SECONDS = 60.0
+"""Mean time between two looks whether the swarm needs other blocks more than those that are served."""
+CHOICE_DELAY_SECONDS = 1.0
+"""Mean delay before blocks are chosen, so that hosts which start together see each other's choice."""
 LARGEST_STEP_TOKENS = 8192
 P2PD_START_TIMEOUT_SECONDS = 60.0
 RUNTIME_STOP_TIMEOUT_SECONDS = 0.5
@@ -55,6 +63,9 @@ class BlockServer:
 
     Forks processes: one for the DHT in the constructor, those for connections when it runs.
 
+    Args:
+        options: with the model, the size of the caches, and either the blocks or their number.
+
     Raises:
         ConfigurationError: the blocks do not fit, or cannot be listened for.
         SwarmUnreachableError: none of the initial peers answers.
@@ -63,21 +74,27 @@ class BlockServer:
     def __init__(
         self, options: HostOptions, checkpoint: Checkpoint, family: Family, device: torch.device
     ) -> None:
+        assert options.model is not None
+        assert options.cache_tokens is not None
         self._stop = threading.Event()
+        self._activity = Activity()
+        self._blocks_begun = 0
         self._options, self._checkpoint = options, checkpoint
-        stored_dtype = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-        dtype = resolve_dtype(options.dtype, device, getattr(torch, str(stored_dtype), None))
+        dtype = block_dtype(options, checkpoint, device)
         if options.threads or _is_small(checkpoint):
             torch.set_num_threads(options.threads or 1)
         if options.identity:
             prepare_identity(options.identity)
         register(family)
-        install_backend(checkpoint, self._before_block)
+        # int8 looks for outliers among all tokens that it gets at once: a session's would change another's.
+        shares_turns = options.quantization is not Quantization.INT8
+        install_backend(checkpoint, self._before_block, shares_turns=shares_turns)
         public = options.initial_peers == "public"
         petals_server.DHT = functools.partial(TiedDHT, own_group=not options.exit_with_stdin)
-        petals_server.TransformerConnectionHandler = TiedHandler
+        petals_server.TransformerConnectionHandler = functools.partial(TiedHandler, activity=self._activity)
         if not public:
             petals_server.ReachabilityProtocol = _NoReachabilityProtocol
+            petals_server.get_remote_module_infos = self._living_servers  # by which it chooses blocks
         # What is loaded by now is never collected: forked processes go on sharing its memory.
         gc.collect()
         gc.freeze()
@@ -100,8 +117,11 @@ class BlockServer:
                 startup_timeout=P2PD_START_TIMEOUT_SECONDS,
                 # One process serialises for a CPU without being the narrow place.
                 num_handlers=4 if device.type == "cuda" else 1,
-                **_block_options(options, checkpoint.num_blocks, device),
-                **(_public_swarm_options() if public else _private_swarm_options(options)),
+                # A turn is chosen when the one before is done, not while it is computed.
+                prefetch_batches=0,
+                **_block_options(options, checkpoint.num_blocks),
+                **(_public_swarm_options() if public else _private_swarm_options(options))
+                | _address_options(options),
             )
         except P2PDaemonError as error:
             raise _unreachable_or_not_listening(error, options) from error
@@ -133,6 +153,45 @@ class BlockServer:
         )
 
     @property
+    def loading(self) -> tuple[int, int] | None:
+        """The number of the block that is being loaded, counted from 1, and how many there will be; None = all are."""
+        container = self._server.module_container
+        if container is not None and container.ready.is_set():
+            return None
+        return max(1, self._blocks_begun), self._server.num_blocks
+
+    @property
+    def load(self) -> HostLoad | None:
+        """What the host is doing; None while it loads blocks."""
+        container = self._server.module_container
+        if container is None or not container.ready.is_set():
+            return None
+        cache = next(iter(container.module_backends.values())).memory_cache
+        return HostLoad(
+            start=self._server.server_info.start_block,
+            end=self._server.server_info.end_block,
+            num_blocks=self._checkpoint.num_blocks,
+            sessions=self._activity.sessions,
+            tokens=self._activity.tokens,
+            cache_used=cache.current_size_bytes / max(1, cache.max_size_bytes),
+        )
+
+    def publish(self, record: SwarmRecord, valid_seconds: float) -> None:
+        """Tell machines that join what the swarm serves. Waits for the swarm."""
+        publish_record(self._server.dht, self._server.dht_prefix, record, valid_seconds)
+
+    def missing_blocks(self) -> list[int]:
+        """Numbers of the blocks that no host of the swarm serves. Waits for the swarm."""
+        server = self._server
+        ask = get_remote_module_infos if self._options.initial_peers == "public" else self._living_servers
+        records = ask(server.dht, server.module_uids, latest=True)
+        return [
+            block
+            for block, record in enumerate(records)
+            if not any(info.state is ServerState.ONLINE for info in record.servers.values())
+        ]
+
+    @property
     def is_connected(self) -> bool:
         """Whether the process that talks to the swarm lives, unless it has been told to end."""
         return self._stop.is_set() or bool(self._server.dht.is_alive())
@@ -142,9 +201,15 @@ class BlockServer:
 
         Raises:
             Stopped: `stop` was called while blocks were loaded.
-            ConfigurationError: the checkpoint does not hold them.
+            ConfigurationError: the checkpoint does not hold them, or the GPU has no room for them.
         """
-        self._server.run()
+        try:
+            self._server.run()
+        except torch.OutOfMemoryError as error:
+            raise ConfigurationError(
+                "the GPU has no room for these blocks. Serve fewer, with --num-blocks or --blocks, or "
+                "smaller ones, with --quantization; or give the attention caches less room, with --cache-tokens"
+            ) from error
 
     def stop(self) -> None:
         """Make `run` end. Called from another thread."""
@@ -171,9 +236,23 @@ class BlockServer:
         own = (record.servers.get(dht.peer_id) for record in get_remote_module_infos(dht, uids, latest=True))
         return all(info is not None and info.state is ServerState.ONLINE for info in own)
 
+    def _living_servers(self, dht: Any, uids: Sequence[str], **options: Any) -> list[RemoteModuleInfo]:
+        # Before this host serves, what is announced in its name is of its last life.
+        return living_servers(dht, uids, without_self=self._server.module_container is None, **options)
+
     def _before_block(self) -> None:
         if self._stop.is_set():
             raise Stopped
+        if self._blocks_begun == self._server.num_blocks:  # other blocks than before, or new handlers
+            self._blocks_begun = 0
+            self._activity.forget_sessions()
+        self._blocks_begun += 1
+
+
+def block_dtype(options: HostOptions, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """The precision in which blocks are served; those that are quantised compute in it."""
+    stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    return resolve_dtype(options.dtype, device, getattr(torch, str(stored), None))
 
 
 class _NoReachabilityProtocol:
@@ -191,10 +270,13 @@ def _is_small(checkpoint: Checkpoint) -> bool:
     return isinstance(hidden_size, int) and hidden_size <= SMALL_HIDDEN_SIZE
 
 
-def _block_options(options: HostOptions, num_blocks: int, device: torch.device) -> dict[str, Any]:
-    if options.blocks is None and device.type == "cuda":
-        # Petals fills the GPU, with the blocks that the swarm has least of.
-        return {"mean_block_selection_delay": 5.0 if options.initial_peers else 0.0}
+def _block_options(options: HostOptions, num_blocks: int) -> dict[str, Any]:
+    if options.blocks is None and options.num_blocks is not None and options.num_blocks < num_blocks:
+        # Petals chooses those that the swarm has least of, and others later when it has less of these.
+        chosen = {"num_blocks": options.num_blocks, "mean_balance_check_period": BALANCE_CHECK_SECONDS}
+        if options.initial_peers != "public":
+            chosen["mean_block_selection_delay"] = CHOICE_DELAY_SECONDS if options.initial_peers else 0.0
+        return chosen
     start, end = options.blocks or (0, num_blocks)
     # With fixed blocks this check only sees whether the handlers live.
     return {"block_indices": f"{start}:{end}", "mean_balance_check_period": HEALTH_CHECK_SECONDS}
@@ -216,6 +298,17 @@ def _private_swarm_options(options: HostOptions) -> dict[str, Any]:
         "nat_port_map": False,
         "auto_nat": False,
     }
+
+
+def _address_options(options: HostOptions) -> dict[str, Any]:
+    """How others reach this host, where that was chosen."""
+    chosen: dict[str, Any] = {}
+    if options.announced_address:
+        chosen["announce_maddrs"] = [options.announced_address]
+    if options.relay is not Relay.AUTO:
+        is_relayed = options.relay is Relay.ALWAYS
+        chosen |= dict.fromkeys(("reachable_via_relay", "use_relay", "use_auto_relay"), is_relayed)
+    return chosen
 
 
 def prepare_identity(path: Path) -> None:

@@ -11,11 +11,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, AsyncIterator, NoReturn  # noqa: UP035 - hivemind knows typing's only
 
 from hivemind.dht import DHT
+from hivemind.p2p import P2PContext
+from hivemind.proto import runtime_pb2
 from petals.server.handler import TransformerConnectionHandler
 
+from petals_chat.swarm.activity import Activity
 from petals_chat.swarm.processes import descendants, kill
 
 WATCH_PERIOD_SECONDS = 1.0
@@ -47,16 +50,25 @@ class TiedDHT(DHT):  # type: ignore[misc]
 
 
 class TiedHandler(TransformerConnectionHandler):  # type: ignore[misc]
-    """Petals' process for requests of clients. It ends with its parent."""
+    """Petals' process for requests of clients. It ends with its parent, which reads in ``activity`` what it does."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, activity: Activity, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.shutdown_timeout = HANDLER_STOP_TIMEOUT_SECONDS
+        self._activity = activity
 
     def run(self) -> None:
         """The process's main function."""
         _tie_to_parent(is_broken=lambda: False)
         super().run()
+
+    # hivemind reads from the annotations what it sends and receives.
+    async def rpc_inference(
+        self, requests: AsyncIterator[runtime_pb2.ExpertRequest], context: P2PContext
+    ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
+        """One inference session: Petals' own, counted."""
+        async for response in self._activity.count(super().rpc_inference(requests, context)):
+            yield response
 
 
 # hivemind names remote calls after the class; clients call those of Petals.

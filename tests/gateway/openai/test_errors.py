@@ -7,13 +7,16 @@ import pytest
 from petals_chat.errors import (
     AttentionCacheFullError,
     InternalError,
+    InvalidApiKeyError,
     InvalidParameterError,
     MaximumLengthExceededError,
     MessageTooLargeError,
     MissingBlocksError,
     ModelLoadingError,
+    ModelNotAllowedError,
     ModelNotPublicError,
     PetalsChatError,
+    RateLimitExceededError,
     TooManyRequestsError,
     UnknownModelError,
 )
@@ -35,6 +38,9 @@ from petals_chat.gateway.openai.errors import error_reply
         ),
         (UnknownModelError("a", ["b"]), 404, "invalid_request_error", "model", "model_not_found"),
         (ModelNotPublicError("a"), 403, "invalid_request_error", None, "model_not_public"),
+        (ModelNotAllowedError("a"), 403, "invalid_request_error", None, "model_not_allowed"),
+        (InvalidApiKeyError(is_missing=True), 401, "invalid_request_error", None, "invalid_api_key"),
+        (RateLimitExceededError(1, "x", 2.5), 429, "rate_limit_error", None, "rate_limit_exceeded"),
         (MessageTooLargeError(1), 413, "invalid_request_error", None, "message_too_large"),
         (TooManyRequestsError("x"), 429, "rate_limit_error", None, "too_many_requests"),
         (AttentionCacheFullError(), 429, "rate_limit_error", None, "attention_cache_full"),
@@ -47,11 +53,16 @@ def test_an_error_has_its_status_type_field_and_code(
     error: PetalsChatError, status: int, kind: str, param: str | None, code: str
 ) -> None:
     assert http_status(error) == status
-    reply = error_reply(error, "prompt").error
+    reply = error_reply(error, {"inputs": "prompt"}).error
     assert (reply.type, reply.param, reply.code) == (kind, param, code)
     assert reply.message
 
 
 def test_the_sentence_names_the_field_that_the_client_sent() -> None:
-    reply = error_reply(InvalidParameterError("inputs", "a new session needs some text"), "prompt")
+    reply = error_reply(
+        InvalidParameterError("inputs", "a new session needs some text"), {"inputs": "prompt"}
+    )
     assert reply.error.message == "prompt: a new session needs some text"
+    error = InvalidParameterError("messages[2].content", "it is missing")
+    reply = error_reply(error, {"messages": "input"})
+    assert (reply.error.param, reply.error.message) == ("input", "input: it is missing")

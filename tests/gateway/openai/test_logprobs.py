@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from petals_chat.gateway.openai.logprobs import LogprobsFilter, chat_logprobs, completion_logprobs
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from petals_chat.gateway.openai.logprobs import (
+    ChatLogprobsWriter,
+    CompletionLogprobsWriter,
+    LogprobsFilter,
+    LogprobsWriter,
+    PlacedLogprobs,
+)
 from petals_chat.protocol.messages import FinishReason, TokenLogprobs, TokenProbability
 
 
@@ -17,6 +29,27 @@ def given(
     logprobs: LogprobsFilter, *texts: str | bytes, certain: int, reason: FinishReason | None = None
 ) -> list[bytes]:
     return [each.token.chosen.text for each in logprobs.add(tokens(*texts), certain, reason)]
+
+
+def written(writer: LogprobsWriter, placed: Sequence[PlacedLogprobs]) -> Any:
+    """The JSON of these tokens, one after the other."""
+    for each in placed:
+        writer.add([each])
+    return json.loads(msgspec.json.encode(writer.value()))
+
+
+def offsets(echoed: str, *texts: str) -> list[int]:
+    """Where the tokens of a prompt, and one that follows, begin."""
+    logprobs = LogprobsFilter(echoed)
+    placed = [*logprobs.add_prompt(tokens(*texts)), *logprobs.add(tokens("!"), 1, FinishReason.LENGTH)]
+    return [each.offset for each in placed]
+
+
+def test_what_a_tokenizer_puts_in_front_of_a_prompt_takes_no_place() -> None:
+    assert offsets("Hello you", "Hello", " you") == [0, 5, 9]
+    assert offsets("Hello you", "<s>", "Hello", " you") == [0, 0, 5, 9]
+    assert offsets("Hello you", "<s>", " Hello", " you") == [0, 0, 5, 9]
+    assert offsets("<s> Hello", "<s>", " Hello") == [0, 3, 9]
 
 
 def test_tokens_wait_for_their_text() -> None:
@@ -56,13 +89,13 @@ def test_both_forms() -> None:
         3,
         FinishReason.LENGTH,
     )
-    assert completion_logprobs(placed) == {
+    assert written(CompletionLogprobsWriter(), placed) == {
         "tokens": ["a", " b"],
         "token_logprobs": [-1.0, -0.25],
         "top_logprobs": [{"a": -1.0}, {" b": -0.25, "\N{REPLACEMENT CHARACTER}": -3.0}],
         "text_offset": [0, 1],
     }
-    assert chat_logprobs(placed) == {
+    assert written(ChatLogprobsWriter(), placed) == {
         "content": [
             {"token": "a", "logprob": -1.0, "bytes": [97], "top_logprobs": []},
             {
@@ -79,6 +112,24 @@ def test_both_forms() -> None:
     }
 
 
+def test_of_tokens_that_look_the_same_the_likeliest_counts() -> None:
+    top = (TokenProbability(b"\xe4", -0.5), TokenProbability(b"\xe5", -1.0))
+    placed = [PlacedLogprobs(0, TokenLogprobs(TokenProbability(b"\xe6", -2.0), top))]
+    described = written(CompletionLogprobsWriter(), placed)
+    assert described["token_logprobs"] == [-2.0]
+    assert described["top_logprobs"] == [{"\N{REPLACEMENT CHARACTER}": -0.5}]
+
+
 def test_without_tokens_there_is_nothing() -> None:
-    assert chat_logprobs([]) is None
-    assert completion_logprobs([]) is None
+    assert written(ChatLogprobsWriter(), []) is None
+    assert written(CompletionLogprobsWriter(), []) is None
+
+
+def test_the_first_token_of_a_prompt_has_no_probability() -> None:
+    first = PlacedLogprobs(0, TokenLogprobs(TokenProbability(b"a", None), ()))
+    assert written(CompletionLogprobsWriter(), [first]) == {
+        "tokens": ["a"],
+        "token_logprobs": [None],
+        "top_logprobs": [None],
+        "text_offset": [0],
+    }

@@ -13,25 +13,40 @@ from petals_chat.gateway.openai.parameters import (
     ChatParameters,
     CommonParameters,
     CompletionParameters,
+    Plan,
     parse,
 )
-from petals_chat.protocol.messages import ChatMessage, ChatPrompt, GenerationRequest, SamplingParameters
+from petals_chat.protocol.messages import (
+    ChatMessage,
+    ChatPrompt,
+    GenerationRequest,
+    SamplingParameters,
+    ToolCall,
+    ToolStyle,
+)
 from petals_chat.settings import ChatSettings, GenerationDefaults, LimitSettings
 
 HELLO = [{"role": "user", "content": "Hello"}]
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+NO_FUNCTIONS = "this model cannot call functions: its chat template does not provide for them"
 GREEDY = ChatSettings(
     stop_token="<end>", extra_stop_sequences=(), generation=GenerationDefaults(do_sample=False)
 )
 
 
 def parsed(kind: type[CommonParameters], **body: Any) -> Any:
-    return parse(kind, json.dumps(body).encode())
+    return parse(kind, json.dumps({"model": "org/model", **body}).encode())
 
 
 def chat_request(chat: ChatSettings = GREEDY, **body: Any) -> GenerationRequest:
-    (request,) = parsed(ChatParameters, **{"messages": HELLO, **body}).plan(chat, LimitSettings()).requests
-    assert isinstance(request, GenerationRequest)
+    (request,) = chat_plan(chat, **body).requests
     return request
+
+
+def chat_plan(chat: ChatSettings = GREEDY, style: ToolStyle | None = ToolStyle.HERMES, **body: Any) -> Plan:
+    plan: Plan = parsed(ChatParameters, **{"messages": HELLO, **body}).plan(chat, LimitSettings(), style)
+    return plan
 
 
 def completion_requests(**body: Any) -> tuple[GenerationRequest, ...]:
@@ -47,7 +62,7 @@ def refused(kind: type[CommonParameters], **body: Any) -> str:
     def read() -> None:
         parameters = parsed(kind, **body)
         if isinstance(parameters, ChatParameters):
-            parameters.plan(GREEDY, LimitSettings())
+            parameters.plan(GREEDY, LimitSettings(), None)
         else:
             parameters.plan(LimitSettings())
 
@@ -138,6 +153,58 @@ def test_log_probabilities_are_asked_for_in_two_ways() -> None:
     assert completion_requests(logprobs=3)[0].sampling.top_logprobs == 3
 
 
+def test_functions_are_handed_to_the_chat_template() -> None:
+    messages = [
+        *HELLO,
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+    ]
+    plan = chat_plan(messages=messages, tools=[WEATHER], parallel_tool_calls=False)
+    assert plan.tools is not None
+    assert (plan.tools.is_forced, plan.tools.only_one) == (False, True)
+    (request,) = plan.requests
+    assert request.inputs == ChatPrompt(
+        (
+            ChatMessage("user", "Hello"),
+            ChatMessage("assistant", "", (ToolCall("call_1", "weather", "{}"),)),
+            ChatMessage("tool", "sunny", tool_call_id="call_1"),
+        ),
+        tools=(WEATHER,),
+    )
+    assert request.sampling.grammar is None
+
+
+def test_an_answer_can_be_made_to_be_a_call() -> None:
+    other = {"type": "function", "function": {"name": "other"}}
+    for choice, names in (("required", 2), ({"type": "function", "function": {"name": "weather"}}, 1)):
+        plan = chat_plan(tools=[WEATHER, other], tool_choice=choice)
+        assert plan.tools is not None
+        assert len(plan.tools.definitions) == names
+        (request,) = plan.requests
+        assert isinstance(request.inputs, ChatPrompt)
+        assert request.inputs.answer_prefix == "<tool_call>"
+        assert '"const": "weather"' in (request.sampling.grammar or "")
+        assert request.stop_sequences == ()
+    with pytest.raises(InvalidParameterError, match="there is no function 'third'"):
+        chat_plan(tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "third"}})
+    assert chat_plan(tools=[WEATHER], tool_choice="none", style=None).tools is None
+
+
+def test_json_is_made_sure_of_by_a_grammar() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    request = chat_request(response_format=wanted, stop="!")
+    assert (request.sampling.grammar or "").startswith("start: %json {")
+    assert request.stop_sequences == ("!",)
+    assert chat_request(response_format={"type": "json_object"}).sampling.grammar is not None
+
+
+def test_an_echo_with_log_probabilities_has_those_of_the_prompt() -> None:
+    (request,) = completion_requests(prompt=[1, 2], echo=True, logprobs=1, max_tokens=0)
+    assert (request.prompt_logprobs, request.max_new_tokens) == (1, 0)
+    assert completion_requests(echo=True)[0].prompt_logprobs is None
+
+
 @pytest.mark.parametrize(
     ("body", "tokens"),
     [
@@ -184,12 +251,8 @@ def test_fields_that_change_nothing_are_ignored() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tools", [{"type": "function"}]),
-        ("tool_choice", "required"),
         ("functions", [{}]),
         ("function_call", "auto"),
-        ("response_format", {"type": "json_object"}),
-        ("response_format", {"type": "json_schema", "json_schema": {}}),
         ("audio", {"voice": "alloy"}),
         ("modalities", ["text", "audio"]),
         ("web_search_options", {}),
@@ -208,14 +271,44 @@ def test_fields_that_cannot_be_honoured_are_refused_by_name(name: str, value: An
         ({"messages": []}, "messages: it must be `list` of length >= 1".replace("`", "")),
         ({"messages": "Hello"}, "messages: it must be list, got str"),
         ({"messages": [{"role": "user"}]}, "messages[0].content: it is missing"),
-        ({"messages": [{"role": "tool", "content": ""}]}, "messages[0].role: invalid enum value 'tool'"),
+        (
+            {"messages": [{"role": "tool", "content": ""}]},
+            "messages[0].tool_call_id: a message of role tool needs it",
+        ),
         (
             {"messages": [{"role": "user", "content": None}]},
-            "messages[0].content: it must be str | list, got null",
+            "messages[0].content: it is missing",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "messages[0].content[0].type: invalid value 'image_url'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a", "tool_calls": [CALL]}]},
+            "messages[0].tool_calls: only messages of the assistant have them",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [CALL]}]},
+            f"messages: they have calls of functions, but {NO_FUNCTIONS}",
+        ),
+        ({"messages": HELLO, "tools": [WEATHER]}, f"tools: {NO_FUNCTIONS}"),
+        (
+            {"messages": HELLO, "tools": [{"type": "web_search"}]},
+            "tools[0].type: invalid enum value 'web_search'",
+        ),
+        (
+            {"messages": HELLO, "tools": [{"type": "function", "function": {"name": "a b"}}]},
+            "tools[0].function.name: it must be str matching regex '^[a-zA-Z0-9_.-]{1,64}$'",
+        ),
+        ({"messages": HELLO, "tool_choice": "required"}, "tool_choice: it needs tools"),
+        ({"messages": HELLO, "tool_choice": "maybe"}, "tool_choice: invalid enum value 'maybe'"),
+        (
+            {"messages": HELLO, "response_format": {"type": "xml"}},
+            "response_format.type: invalid value 'xml'",
+        ),
+        (
+            {"messages": HELLO, "response_format": {"type": "json_schema", "json_schema": {}}},
+            "response_format.json_schema.name: it is missing",
         ),
         ({"messages": HELLO, "temperature": 3}, "temperature: it must be float <= 2.0"),
         ({"messages": HELLO, "temperature": "1"}, "temperature: it must be float | null, got str"),
@@ -247,14 +340,11 @@ def test_bad_chats_are_refused_with_a_reason(body: dict[str, Any], sentence: str
         ),
         ({"prompt": "a", "logprobs": 21}, "logprobs: it must be int <= 20"),
         (
-            {"prompt": "a", "n": 17, "logprobs": 0},
-            "prompt: one request may have 16 answers with logprobs, not 1 times 17",
+            {"prompt": "a", "n": 7, "logprobs": 20},
+            "prompt: 7 answers with 20 top log probabilities are too many: answers, times one more than these, may "
+            "be 128",
         ),
-        (
-            {"prompt": "a", "echo": True, "logprobs": 0},
-            "echo: this server does not know the log probabilities of a prompt",
-        ),
-        ({"prompt": [1], "echo": True}, "echo: this server returns prompts of text only, not of token ids"),
+        ({"prompt": "a", "max_tokens": -1}, "max_tokens: it must be int >= 0"),
         ({"prompt": "a", "logit_bias": {"a": 1}}, "logit_bias: it must be int, got str"),
         ({"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias[...]: it must be float <= 100.0"),
         ({"prompt": "a", "presence_penalty": -3}, "presence_penalty: it must be float >= -2.0"),

@@ -8,18 +8,21 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
+from petals_chat.engine.interface import ModelStatus
 from petals_chat.errors import MissingBlocksError, TooManyRequestsError, WorkerLostError
 from petals_chat.gateway.openai import event_stream
-from petals_chat.protocol.messages import ChatMessage, ChatPrompt
-from tests.fakes import END
+from petals_chat.protocol.messages import ChatMessage, ChatPrompt, ToolStyle
+from tests.fakes import END, ready
 from tests.gateway.gateways import Gateway, running_gateway, settings_with, until
 
-HELLO = {"messages": [{"role": "user", "content": "Hello there"}]}
-CAT = {"prompt": "A cat sat"}
+HELLO: dict[str, Any] = {"model": "org/model", "messages": [{"role": "user", "content": "Hello there"}]}
+CAT: dict[str, Any] = {"model": "org/model", "prompt": "A cat sat"}
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+RESPONSES = "/v1/responses"
 
 
 async def post(gateway: Gateway, path: str, **body: Any) -> Any:
@@ -33,7 +36,7 @@ async def events(gateway: Gateway, path: str, **body: Any) -> list[str]:
     async with gateway.http.stream("POST", path, json={**body, "stream": True}) as response:
         assert response.status_code == 200
         assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
-        lines = [line async for line in response.aiter_lines() if line]
+        lines = [line async for line in response.aiter_lines() if line and not line.startswith("event: ")]
     assert all(line.startswith("data: ") for line in lines)
     return [line.removeprefix("data: ") for line in lines]
 
@@ -75,7 +78,7 @@ async def test_models_are_listed_and_described(gateway: Gateway) -> None:
 
 
 async def test_a_chat_completion(gateway: Gateway) -> None:
-    reply = await post(gateway, CHAT, model="org/model", max_tokens=3, **HELLO)
+    reply = await post(gateway, CHAT, max_tokens=3, **HELLO)
     assert reply == {
         "id": reply["id"],
         "object": "chat.completion",
@@ -174,7 +177,7 @@ async def test_usage_comes_last_and_on_request(gateway: Gateway, path: str, prom
 
 
 async def test_several_answers_at_once(gateway: Gateway) -> None:
-    reply = await post(gateway, COMPLETIONS, prompt=["A cat", "B"], n=20, max_tokens=2)
+    reply = await post(gateway, COMPLETIONS, model="default", prompt=["A cat", "B"], n=20, max_tokens=2)
     assert [choice["index"] for choice in reply["choices"]] == list(range(40))
     assert {choice["text"] for choice in reply["choices"]} == {" t0 t1"}
     assert reply["usage"]["prompt_tokens"] == 3
@@ -191,10 +194,11 @@ async def test_several_answers_at_once(gateway: Gateway) -> None:
 @pytest.mark.parametrize(
     ("body", "status", "param", "code"),
     [
-        ({"model": "no/such", **HELLO}, 404, "model", "model_not_found"),
-        ({"model": "org/private", **HELLO}, 403, None, "model_not_public"),
-        ({}, 400, "messages", "invalid_parameter"),
-        ({**HELLO, "tools": [{}]}, 400, "tools", "invalid_parameter"),
+        ({**HELLO, "model": "no/such"}, 404, "model", "model_not_found"),
+        ({**HELLO, "model": "org/private"}, 403, None, "model_not_public"),
+        ({"model": "org/model"}, 400, "messages", "invalid_parameter"),
+        ({"messages": HELLO["messages"]}, 400, "model", "invalid_parameter"),
+        ({**HELLO, "tools": [{}]}, 400, "tools[0].function", "invalid_parameter"),
         ({**HELLO, "user": "x" * 2_000_000}, 413, None, "message_too_large"),
     ],
 )
@@ -299,7 +303,7 @@ async def test_a_request_may_not_take_longer_than_allowed() -> None:
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("POST", "/v1/responses"), ("GET", "/v1/chat/completions"), ("POST", "/v1/embeddings"), ("GET", "/v1/")],
+    [("POST", "/v1/images"), ("GET", "/v1/chat/completions"), ("POST", "/v1/embeddings"), ("GET", "/v1/")],
 )
 async def test_what_is_not_there_gets_an_error_of_the_same_shape(
     gateway: Gateway, method: str, path: str
@@ -316,3 +320,117 @@ async def test_the_documentation_has_the_fields(gateway: Gateway) -> None:
     for path, prompt in ((CHAT, "messages"), (COMPLETIONS, "prompt")):
         schema = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         assert {prompt, "temperature", "stop", "stream"} <= set(schema["properties"])
+
+
+async def test_a_response_whole_and_in_a_stream(gateway: Gateway) -> None:
+    body: dict[str, Any] = {
+        "model": "org/model",
+        "input": "Hello there",
+        "instructions": "Be kind.",
+        "max_output_tokens": 2,
+        "metadata": {"a": "b"},
+    }
+    reply = await post(gateway, RESPONSES, **body)
+    assert reply["object"] == "response"
+    assert (reply["status"], reply["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+    (message,) = reply["output"]
+    assert message["content"] == [
+        {"type": "output_text", "text": " t0 t1", "annotations": [], "logprobs": []}
+    ]
+    assert (reply["metadata"], reply["store"], reply["instructions"]) == ({"a": "b"}, False, "Be kind.")
+    assert reply["usage"]["total_tokens"] == reply["usage"]["input_tokens"] + 2
+    (request,) = gateway.engine.requests
+    assert request.inputs == ChatPrompt(
+        (ChatMessage("system", "Be kind."), ChatMessage("user", "Hello there"))
+    )
+    streamed = [json.loads(each) for each in (await events(gateway, RESPONSES, **body))[:-1]]
+    assert [each["sequence_number"] for each in streamed] == list(range(len(streamed)))
+    assert [each["type"] for each in streamed] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.output_text.delta",
+        "response.output_text.delta",
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.incomplete",
+    ]
+    last = streamed[-1]["response"]
+    assert last["output"][0]["content"] == message["content"]
+    assert {*last} == {*reply}
+
+
+async def test_calls_of_functions_are_told_from_text(gateway: Gateway) -> None:
+    call = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+    gateway.engine.tokens = ["So", ": ", *call]
+    gateway.engine.statuses["org/model"] = calling()
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    (choice,) = (await post(gateway, CHAT, **HELLO, tools=tools))["choices"]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("tool_calls", "So: ")
+    (made,) = choice["message"]["tool_calls"]
+    assert made == {
+        "id": made["id"],
+        "type": "function",
+        "function": {"name": "f", "arguments": '{"a": 1}'},
+    }
+    streamed = deltas(await chunks(gateway, CHAT, **HELLO, tools=tools))
+    assert "".join(delta.get("content") or "" for delta, _ in streamed) == "So: "
+    (calls,) = [delta["tool_calls"] for delta, _ in streamed if "tool_calls" in delta]
+    assert (calls[0]["index"], calls[0]["function"]) == (0, made["function"])
+    assert streamed[-1] == ({}, "tool_calls")
+    tool = {"type": "function", "name": "f", "parameters": None, "strict": None}
+    response = await post(gateway, RESPONSES, model="org/model", input="Hello", tools=[tool])
+    assert [item["type"] for item in response["output"]] == ["message", "function_call"]
+    assert response["status"] == "completed"
+    streamed_items = [
+        (each["output_index"], each["item"]["type"])
+        for each in map(
+            json.loads,
+            (await events(gateway, RESPONSES, model="org/model", input="Hello", tools=[tool]))[:-1],
+        )
+        if each["type"] == "response.output_item.done"
+    ]
+    assert streamed_items == [(0, "message"), (1, "function_call")]
+
+
+def calling() -> ModelStatus:
+    """The state of a model that can call functions."""
+    status = ready()
+    assert status.worker is not None
+    worker = msgspec.structs.replace(status.worker, tool_style=ToolStyle.HERMES)
+    return msgspec.structs.replace(status, worker=worker)
+
+
+async def test_what_goes_wrong_within_a_response_ends_it(gateway: Gateway) -> None:
+    async with gateway.http.stream(
+        "POST", RESPONSES, json={"model": "org/model", "input": "Hello", "stream": True}
+    ) as response:
+        lines = response.aiter_lines()
+        while "delta" not in await anext(lines):
+            pass
+        gateway.engine.generate_error = WorkerLostError("org/model")
+        rest = [line async for line in lines if line.startswith("data:")]
+    error, failed = (json.loads(line.removeprefix("data: ")) for line in rest[-2:])
+    assert (error["type"], error["code"]) == ("error", "worker_lost")
+    assert (failed["type"], failed["response"]["status"]) == ("response.failed", "failed")
+
+
+async def test_the_tokenizer_can_be_asked(gateway: Gateway) -> None:
+    reply = await post(gateway, "/tokenize", prompt="ab", model="org/model", return_token_strs=True)
+    assert reply == {"count": 3, "max_model_len": 2048, "tokens": [94, 97, 98], "token_strs": ["^", "a", "b"]}
+    assert (await post(gateway, "/tokenize", prompt="ab", add_special_tokens=False))["tokens"] == [97, 98]
+    assert (await post(gateway, "/tokenize", **HELLO))["token_strs"] is None
+    assert await post(gateway, "/detokenize", tokens=[97, 98]) == {"prompt": "ab"}
+    info = (await gateway.http.get("/tokenizer_info?model=old/name")).json()
+    assert (info["bos_token"], info["eos_token"], info["model_max_length"]) == ("^", END, 2048)
+    assert (await gateway.http.get("/tokenizer_info?model=no/such")).status_code == 404
+    assert (await gateway.http.post("/tokenize", content=b"{")).status_code == 400
+
+
+async def test_an_echo_of_token_ids_is_text(gateway: Gateway) -> None:
+    reply = await post(
+        gateway, COMPLETIONS, model="default", prompt=[[65, 66], [67]], echo=True, max_tokens=1
+    )
+    assert [choice["text"] for choice in reply["choices"]] == ["AB t0", "C t0"]

@@ -33,6 +33,9 @@ _CODES: Mapping[type[PetalsChatError], str] = {
 """Errors that OpenAI has too; all others keep their own codes."""
 
 
+_NO_FIELDS: Mapping[str, str] = {}
+
+
 class ErrorObject(msgspec.Struct, frozen=True):
     """What is wrong."""
 
@@ -48,20 +51,21 @@ class ErrorReply(msgspec.Struct, frozen=True):
     error: ErrorObject
 
 
-def error_reply(error: PetalsChatError, prompt_field: str | None = None) -> ErrorReply:
+def error_reply(error: PetalsChatError, fields: Mapping[str, str] = _NO_FIELDS) -> ErrorReply:
     """The reply for an error of ours.
 
     Args:
-        prompt_field: the request's field that became the engine's ``inputs``.
+        fields: how the request's fields are called that became the engine's parameters, as ``inputs``.
     """
     param = error.data.get("parameter") if isinstance(error, InvalidParameterError) else None
     message = error.message
     if isinstance(error, UnknownModelError):
         param = "model"
     elif isinstance(error, MaximumLengthExceededError):
-        param = prompt_field
-    elif param == "inputs" and prompt_field is not None:
-        param, message = prompt_field, message.replace("inputs", prompt_field, 1)
+        param = fields.get("inputs")
+    elif isinstance(param, str) and (field := fields.get(param.partition("[")[0])) is not None:
+        message = message.replace(param, field, 1)
+        param = field
     return ErrorReply(
         ErrorObject(
             message=" ".join(message.splitlines()),

@@ -11,13 +11,20 @@ from starlette.types import Send
 KEEP_ALIVE_SECONDS = 10.0
 """Proxies give up on connections that are quiet for 30 to 60 seconds."""
 
-DONE = b"[DONE]"
 _COMMENT = b": still working\n\n"
 _HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),  # nginx would collect the events
 )
+
+
+def event(data: bytes, name: str | None = None) -> bytes:
+    """An event with these data, which have one line."""
+    return (f"event: {name}\n".encode() if name else b"") + b"data: " + data + b"\n\n"
+
+
+DONE = event(b"[DONE]")
 
 
 class EventStream:
@@ -36,8 +43,8 @@ class EventStream:
         self.is_started = False
 
     async def send(self, events: Iterable[bytes]) -> None:
-        """Send an event for each of these data, which have one line."""
-        if frames := b"".join(b"data: " + data + b"\n\n" for data in events):
+        """Send these, see `event`."""
+        if frames := b"".join(events):
             await self._write(frames)
 
     async def end(self) -> None:
@@ -60,6 +67,6 @@ class EventStream:
             if not self.is_started:
                 self.is_started = True
                 await self._send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
-                frames = b"".join(b"data: " + data + b"\n\n" for data in self._opening()) + frames
+                frames = b"".join(self._opening()) + frames
             await self._send({"type": "http.response.body", "body": frames, "more_body": True})
             self._last_sent = asyncio.get_running_loop().time()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
+
+import msgspec
 
 from petals_chat.protocol.messages import FinishReason, TokenLogprobs, TokenProbability
 
@@ -19,12 +22,30 @@ class PlacedLogprobs:
 
 
 class LogprobsFilter:
-    """Keeps the tokens in step with the text: what is held back of that, or never comes, has no token."""
+    """Keeps the tokens in step with the text: what is held back of that, or never comes, has no token.
 
-    def __init__(self) -> None:
+    Args:
+        echoed: text of the prompt, if that is the beginning of the answer.
+    """
+
+    def __init__(self, echoed: str = "") -> None:
+        self._echoed = echoed
         self._held: deque[TokenLogprobs] = deque()
         self._bytes = 0
         self._characters = 0
+
+    def add_prompt(self, tokens: Sequence[TokenLogprobs]) -> list[PlacedLogprobs]:
+        """The next tokens of the prompt. What tokenizers put in front of a text takes no place in it."""
+        placed = []
+        for token in tokens:
+            placed.append(PlacedLogprobs(self._characters, token))
+            text = _text(token.chosen)
+            if self._characters == 0 and not self._echoed.startswith(text):
+                text = text.removeprefix(" ")
+                if not self._echoed.startswith(text):
+                    continue
+            self._characters += len(text)
+        return placed
 
     def add(
         self, tokens: Sequence[TokenLogprobs], text_bytes: int, finish_reason: FinishReason | None
@@ -33,7 +54,7 @@ class LogprobsFilter:
 
         Args:
             tokens: the newest ones.
-            text_bytes: size of all the text that is certain.
+            text_bytes: size of all the generated text that is certain.
             finish_reason: None if more may come.
         """
         self._held += tokens
@@ -49,33 +70,106 @@ class LogprobsFilter:
         return placed
 
 
-def chat_logprobs(tokens: Sequence[PlacedLogprobs]) -> dict[str, Any] | None:
-    """The ``logprobs`` of a choice of a chat completion; None for no tokens."""
-    if not tokens:
-        return None
-    content = [
-        {
-            **_described(each.token.chosen),
-            "top_logprobs": [_described(probability) for probability in each.token.top],
-        }
-        for each in tokens
-    ]
-    return {"content": content, "refusal": None}
+class LogprobsWriter(ABC):
+    """Writes the ``logprobs`` of a choice.
+
+    Each token is written as JSON when it comes: an answer with thousands of them needs little memory, and no long
+    time at its end.
+    """
+
+    @abstractmethod
+    def add(self, tokens: Sequence[PlacedLogprobs]) -> None:
+        """Go on with these."""
+
+    @abstractmethod
+    def value(self) -> msgspec.Raw | None:
+        """The object; None for no tokens."""
 
 
-def completion_logprobs(tokens: Sequence[PlacedLogprobs]) -> dict[str, Any] | None:
-    """The ``logprobs`` of a choice of a completion; None for no tokens."""
-    if not tokens:
+class ChatLogprobsWriter(LogprobsWriter):
+    """Those of a chat completion."""
+
+    def __init__(self) -> None:
+        self._content = _List()
+
+    def add(self, tokens: Sequence[PlacedLogprobs]) -> None:
+        """Go on with these."""
+        for each in tokens:
+            self._content.add(described(each.token))
+
+    def value(self) -> msgspec.Raw | None:
+        """The object; None for no tokens."""
+        if self._content.is_empty:
+            return None
+        return msgspec.Raw(b'{"content":%b,"refusal":null}' % self._content.value())
+
+
+class ContentLogprobsWriter(ChatLogprobsWriter):
+    """Those of a text of a response: the list alone."""
+
+    def value(self) -> msgspec.Raw:
+        """The list."""
+        return msgspec.Raw(self._content.value())
+
+
+class CompletionLogprobsWriter(LogprobsWriter):
+    """Those of a completion of a prompt."""
+
+    def __init__(self) -> None:
+        self._tokens, self._logprobs, self._top, self._offsets = _List(), _List(), _List(), _List()
+
+    def add(self, tokens: Sequence[PlacedLogprobs]) -> None:
+        """Go on with these."""
+        for each in tokens:
+            token = each.token
+            self._tokens.add(_text(token.chosen))
+            self._logprobs.add(token.chosen.logprob)
+            self._top.add(_likeliest(token))
+            self._offsets.add(each.offset)
+
+    def value(self) -> msgspec.Raw | None:
+        """The object; None for no tokens."""
+        if self._tokens.is_empty:
+            return None
+        lists = (each.value() for each in (self._tokens, self._logprobs, self._top, self._offsets))
+        return msgspec.Raw(
+            b'{"tokens":%b,"token_logprobs":%b,"top_logprobs":%b,"text_offset":%b}' % tuple(lists)
+        )
+
+
+def described(token: TokenLogprobs) -> dict[str, Any]:
+    """A token and those in its place, as chats and responses have it."""
+    return {**_described(token.chosen), "top_logprobs": [_described(each) for each in token.top]}
+
+
+class _List:
+    """A JSON list that grows."""
+
+    def __init__(self) -> None:
+        self._items = bytearray()
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._items
+
+    def add(self, item: object) -> None:
+        if self._items:
+            self._items += b","
+        self._items += msgspec.json.encode(item)
+
+    def value(self) -> bytes:
+        return b"[%b]" % bytes(self._items)
+
+
+def _likeliest(token: TokenLogprobs) -> dict[str, float | None] | None:
+    if token.chosen.logprob is None:
         return None
-    return {
-        "tokens": [_text(each.token.chosen) for each in tokens],
-        "token_logprobs": [each.token.chosen.logprob for each in tokens],
-        "top_logprobs": [
-            {_text(probability): probability.logprob for probability in (*each.token.top, each.token.chosen)}
-            for each in tokens
-        ],
-        "text_offset": [each.offset for each in tokens],
-    }
+    likeliest: dict[str, float | None] = {}
+    for each in (*token.top, token.chosen):
+        likeliest.setdefault(
+            _text(each), each.logprob
+        )  # of parts of characters, which look the same, the likeliest
+    return likeliest
 
 
 def _described(probability: TokenProbability) -> dict[str, Any]:

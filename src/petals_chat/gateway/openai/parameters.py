@@ -17,14 +17,25 @@ import msgspec
 from msgspec import Meta
 
 from petals_chat.errors import InvalidParameterError
-from petals_chat.protocol.messages import ChatMessage, ChatPrompt, GenerationRequest, SamplingParameters
+from petals_chat.gateway.openai.tools import Tools, json_grammar
+from petals_chat.protocol.messages import (
+    ChatMessage,
+    ChatPrompt,
+    GenerationRequest,
+    SamplingParameters,
+    ToolCall,
+    ToolStyle,
+)
 from petals_chat.settings import ChatSettings, GenerationDefaults, LimitSettings
 
 MAX_CHOICES = 128
 """Answers to one request: those to all its prompts together."""
 MAX_MESSAGES = 4096
 
-MAX_CHOICES_WITH_LOGPROBS = 16
+MAX_TOOLS = 128
+MAX_DESCRIBED = 128
+"""Tokens whose log probabilities are told in one place, those of all answers together: it bounds a reply's size."""
+
 MAX_LOGIT_BIASES = 1024
 CHUNK_TOKENS_WITH_LOGPROBS = 16
 """Keeps messages from the engine small where many tokens are described."""
@@ -45,19 +56,110 @@ class TextPart(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
     text: str
 
 
+class CalledFunction(msgspec.Struct, frozen=True):
+    """A function, and what it was called with."""
+
+    name: str
+    arguments: str
+
+
+class MessageToolCall(msgspec.Struct, frozen=True):
+    """A call of a function in an earlier message of the assistant."""
+
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+
+
 class Message(msgspec.Struct, frozen=True):
     """A message of the chat."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | tuple[TextPart, ...]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | tuple[TextPart, ...] | None = None
+    tool_calls: Annotated[tuple[MessageToolCall, ...], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: str | None = None
 
     @property
     def text(self) -> str:
         """The content as one text."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content or ())
+
+    def check(self, place: str) -> None:
+        """Raise `InvalidParameterError` if its fields do not fit together."""
+        if self.tool_calls and self.role != "assistant":
+            raise InvalidParameterError(f"{place}.tool_calls", "only messages of the assistant have them")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise InvalidParameterError(f"{place}.tool_call_id", "a message of role tool needs it")
+        if self.content is None and not self.tool_calls:
+            raise InvalidParameterError(f"{place}.content", "it is missing")
+
+    def as_chat_message(self) -> ChatMessage:
+        """The message in the engine's words."""
+        calls = tuple(
+            ToolCall(call.id, call.function.name, call.function.arguments) for call in self.tool_calls or ()
+        )
+        return ChatMessage(_ROLES[self.role], self.text, calls, self.tool_call_id)
 
 
-_TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+class FunctionDefinition(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A function that the model may call."""
+
+    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """A JSON schema."""
+    strict: bool | None = None
+
+
+class FunctionTool(msgspec.Struct, frozen=True):
+    """A tool; functions are the only ones."""
+
+    function: FunctionDefinition
+    type: Literal["function"] = "function"
+
+
+class NamedFunction(msgspec.Struct, frozen=True):
+    """The name of a function."""
+
+    name: str
+
+
+class ToolChoice(msgspec.Struct, frozen=True):
+    """Which function has to be called."""
+
+    function: NamedFunction
+    type: Literal["function"] = "function"
+
+
+class JsonSchemaFormat(msgspec.Struct, frozen=True):
+    """The JSON schema of an answer."""
+
+    name: str
+    schema: dict[str, Any] | bool | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextResponse(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
+    """Any text."""
+
+
+class JsonObjectResponse(msgspec.Struct, frozen=True, tag_field="type", tag="json_object"):
+    """Some JSON object."""
+
+
+class JsonSchemaResponse(msgspec.Struct, frozen=True, tag_field="type", tag="json_schema"):
+    """JSON that a schema allows."""
+
+    json_schema: JsonSchemaFormat
+
+
+ResponseFormat = TextResponse | JsonObjectResponse | JsonSchemaResponse
+
+
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -69,8 +171,8 @@ class StreamOptions(msgspec.Struct, frozen=True):
 class CommonParameters(msgspec.Struct, frozen=True, kw_only=True):
     """The fields that both kinds of completions have."""
 
-    model: str | None = None
-    """Name of the model; without it, the server's default model."""
+    model: str
+    """Name of the model; "default" is the server's default model."""
     n: _Choices | None = None
     """Answers to each prompt."""
     stop: str | tuple[str, ...] | None = None
@@ -90,7 +192,7 @@ class CommonParameters(msgspec.Struct, frozen=True, kw_only=True):
     presence_penalty: _Penalty | None = None
     """Over 0 makes tokens less likely that the answer has."""
     logit_bias: (
-        Annotated[dict[_TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_LOGIT_BIASES)]
+        Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_LOGIT_BIASES)]
         | None
     ) = None
     """Added to the logits of these token ids: -100 forbids a token, 100 demands it."""
@@ -141,6 +243,14 @@ class CommonParameters(msgspec.Struct, frozen=True, kw_only=True):
             seed=self.seed,
         )
 
+    def _check_described(self, field: str, choices: int, top_logprobs: int | None) -> None:
+        if top_logprobs is not None and choices * (top_logprobs + 1) > MAX_DESCRIBED:
+            raise InvalidParameterError(
+                field,
+                f"{choices} answers with {top_logprobs} top log probabilities are too many: answers, times one more "
+                f"than these, may be {MAX_DESCRIBED}",
+            )
+
     def _chunk_tokens(self, top_logprobs: int | None) -> int | None:
         if self.stream:
             return 1
@@ -158,37 +268,92 @@ class ChatParameters(CommonParameters, frozen=True, kw_only=True):
     """Tell the log probabilities of the answer's tokens."""
     top_logprobs: _Logprobs | None = None
     """Tell also those of so many of the likeliest tokens in each place; needs ``logprobs``."""
+    response_format: ResponseFormat | None = None
+    """What the answer has to be: any text, or JSON."""
+    tools: Annotated[tuple[FunctionTool, ...], Meta(max_length=MAX_TOOLS)] | None = None
+    """Functions that the model may call."""
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    """Whether it has to call one, and which."""
+    parallel_tool_calls: bool | None = None
+    """False: only the first call of an answer counts."""
 
-    def plan(self, chat: ChatSettings, limits: LimitSettings) -> Plan:
+    def plan(self, chat: ChatSettings, limits: LimitSettings, tool_style: ToolStyle | None) -> Plan:
         """What to generate; what the request does not say is as the model's settings have it.
+
+        Args:
+            tool_style: how the model calls functions; None if it cannot.
 
         Raises:
             InvalidParameterError: the stop sequences are too many, too long, or empty; or other fields do not fit
-                together.
+                together, or the model cannot call functions.
         """
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidParameterError("top_logprobs", "it needs logprobs to be true")
         top_logprobs = self.top_logprobs or 0 if self.logprobs else None
-        ends = (*self._stop_sequences(limits), chat.stop_token, *chat.extra_stop_sequences)
+        self._check_messages(tool_style)
+        tools = self._tools(tool_style)
+        grammar = _grammar(self.response_format)
+        if tools and tools.is_forced:
+            if grammar is not None:
+                raise InvalidParameterError(
+                    "response_format", "an answer that has to be a call cannot have it"
+                )
+            grammar = tools.grammar
+        # An answer in JSON ends by itself, and may have any text in it.
+        own_ends = () if grammar is not None else (chat.stop_token, *chat.extra_stop_sequences)
+        ends = (*self._stop_sequences(limits), *own_ends)
         template = GenerationRequest(
             inputs=ChatPrompt(
-                tuple(ChatMessage(_ROLES[message.role], message.text) for message in self.messages)
+                tuple(message.as_chat_message() for message in self.messages),
+                tools=tools.definitions if tools else (),
+                answer_prefix=tools.answer_prefix if tools else "",
             ),
-            sampling=self._sampling(chat.generation, top_logprobs),
+            sampling=msgspec.structs.replace(self._sampling(chat.generation, top_logprobs), grammar=grammar),
             max_new_tokens=self.max_completion_tokens or self.max_tokens,
             chunk_tokens=self._chunk_tokens(top_logprobs),
             stop_sequences=tuple(dict.fromkeys(ends)),
             hide_end_of_sequence=True,
         )
-        _limit_choices("n", 1, self.n or 1, top_logprobs)
-        return Plan.of([template], self.n or 1)
+        _limit_choices("n", 1, self.n or 1)
+        self._check_described("n", self.n or 1, top_logprobs)
+        return Plan.of([template], self.n or 1, tools=tools)
+
+    def _check_messages(self, tool_style: ToolStyle | None) -> None:
+        for index, message in enumerate(self.messages):
+            message.check(f"messages[{index}]")
+            if tool_style is None and (message.tool_calls or message.role == "tool"):
+                raise InvalidParameterError("messages", f"they have calls of functions, but {_NO_TOOLS}")
+
+    def _tools(self, tool_style: ToolStyle | None) -> Tools | None:
+        choice = self.tool_choice
+        if not self.tools:
+            if choice not in (None, "none", "auto"):
+                raise InvalidParameterError("tool_choice", "it needs tools")
+            return None
+        if choice == "none":
+            return None
+        if tool_style is None:
+            raise InvalidParameterError("tools", _NO_TOOLS)
+        tools = self.tools
+        if isinstance(choice, ToolChoice):
+            tools = tuple(tool for tool in tools if tool.function.name == choice.function.name)
+            if not tools:
+                raise InvalidParameterError("tool_choice", f"there is no function {choice.function.name!r}")
+        return Tools(
+            tool_style,
+            tuple(msgspec.to_builtins(tool) for tool in tools),
+            is_forced=choice not in (None, "auto"),
+            only_one=self.parallel_tool_calls is False,
+        )
 
 
 class CompletionParameters(CommonParameters, frozen=True, kw_only=True):
     """The body of ``POST /v1/completions``."""
 
-    prompt: str | tuple[str | _TokenId | tuple[_TokenId, ...], ...]
+    prompt: str | tuple[str | TokenId | tuple[TokenId, ...], ...]
     """The text that is continued, as a text or as token ids; or several such texts."""
+    max_tokens: Annotated[int, Meta(ge=0, le=2**53)] | None = None
+    """Tokens of an answer at most; 0 for nothing but the prompt, with ``echo``."""
     logprobs: _Logprobs | None = None
     """Tell the log probabilities of the answer's tokens, and of so many of the likeliest tokens in each place."""
     echo: bool | None = None
@@ -203,14 +368,16 @@ class CompletionParameters(CommonParameters, frozen=True, kw_only=True):
         """
         prompts = self._prompts()
         choices = self.n or 1
-        _limit_choices("prompt", len(prompts), choices, self.logprobs)
+        _limit_choices("prompt", len(prompts), choices)
+        self._check_described("prompt", len(prompts) * choices, self.logprobs)
         template = GenerationRequest(
             inputs=None,
             sampling=self._sampling(_OPENAI_DEFAULTS, self.logprobs),
-            max_new_tokens=self.max_tokens or _DEFAULT_COMPLETION_TOKENS,
+            max_new_tokens=_first(self.max_tokens, _DEFAULT_COMPLETION_TOKENS),
             chunk_tokens=self._chunk_tokens(self.logprobs),
             stop_sequences=self._stop_sequences(limits),
             hide_end_of_sequence=True,
+            prompt_logprobs=self.logprobs if self.echo else None,
         )
         requests = [msgspec.structs.replace(template, inputs=prompt) for prompt in prompts]
         return Plan.of(requests, choices, echo=bool(self.echo))
@@ -230,10 +397,6 @@ class CompletionParameters(CommonParameters, frozen=True, kw_only=True):
             )
         if () in prompts:
             raise InvalidParameterError("prompt", "a list must have at least one text or token id")
-        if self.echo and self.logprobs is not None:
-            raise InvalidParameterError("echo", "this server does not know the log probabilities of a prompt")
-        if self.echo and not all(isinstance(prompt, str) for prompt in prompts):
-            raise InvalidParameterError("echo", "this server returns prompts of text only, not of token ids")
         return prompts
 
 
@@ -246,29 +409,50 @@ class Plan:
     choices_per_prompt: int
     echo: bool = False
     """The prompt's text is part of the answer."""
+    tools: Tools | None = None
+    """Functions that the model may call."""
 
     @classmethod
-    def of(cls, prompts: Sequence[GenerationRequest], choices_per_prompt: int, *, echo: bool = False) -> Plan:
+    def of(
+        cls,
+        prompts: Sequence[GenerationRequest],
+        choices_per_prompt: int,
+        *,
+        echo: bool = False,
+        tools: Tools | None = None,
+    ) -> Plan:
         """That each of these is done so often, with other randomness each time."""
         requests = tuple(
             _with_other_seed(prompt, number) for prompt in prompts for number in range(choices_per_prompt)
         )
-        return cls(requests, choices_per_prompt, echo)
+        return cls(requests, choices_per_prompt, echo, tools)
 
 
-ParametersT = TypeVar("ParametersT", bound=CommonParameters)
+ParametersT = TypeVar("ParametersT", bound=msgspec.Struct)
 
-_ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
+_ROLES: Mapping[str, Literal["system", "user", "assistant", "tool"]] = {
     "system": "system",
     "developer": "system",  # its newer name
     "user": "user",
     "assistant": "assistant",
+    "tool": "tool",
 }
+_NO_TOOLS = "this model cannot call functions: its chat template does not provide for them"
 _OPENAI_DEFAULTS = GenerationDefaults(temperature=1.0, top_p=1.0)
 
 
-def parse(kind: type[ParametersT], body: bytes) -> ParametersT:
+def parse(
+    kind: type[ParametersT],
+    body: bytes,
+    unsupported: Mapping[str, Callable[[Any], bool]] | None = None,
+    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda values: values,
+) -> ParametersT:
     """The parameters in a JSON body.
+
+    Args:
+        unsupported: fields that would change the answer, and tests of values with which they do not; None = those of
+            completions.
+        complete: fills in what may be left out.
 
     Raises:
         InvalidParameterError: with the parameter's name, and what is wrong with it.
@@ -281,15 +465,15 @@ def parse(kind: type[ParametersT], body: bytes) -> ParametersT:
         raise InvalidParameterError("body", f"it is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise InvalidParameterError("body", "it must be a JSON object")
-    _refuse_unsupported(values)
+    _refuse_unsupported(values, _UNSUPPORTED if unsupported is None else unsupported)
     try:
-        return msgspec.convert(values, kind, str_keys=True)
+        return msgspec.convert(complete(values), kind, str_keys=True)
     except msgspec.ValidationError as error:
         raise _explain(error) from None
 
 
-def _refuse_unsupported(values: Mapping[str, Any]) -> None:
-    for name, asks_for_nothing in _UNSUPPORTED.items():
+def _refuse_unsupported(values: Mapping[str, Any], unsupported: Mapping[str, Callable[[Any], bool]]) -> None:
+    for name, asks_for_nothing in unsupported.items():
         value = values.get(name)
         if value is not None and not asks_for_nothing(value):
             raise InvalidParameterError(name, "this server does not support it; leave it out")
@@ -310,10 +494,7 @@ _UNSUPPORTED: Mapping[str, Callable[[Any], bool]] = {
     "functions": _is_empty,
     "modalities": lambda value: value == ["text"],
     "moderation": _never,
-    "response_format": lambda value: value == {"type": "text"},
     "suffix": _is_empty,
-    "tool_choice": lambda value: value in ("none", "auto"),  # without tools, they mean the same
-    "tools": _is_empty,
     "web_search_options": _never,
 }
 """The fields that would change the answer, and the values with which they do not."""
@@ -334,13 +515,19 @@ _EXPLANATION = re.compile(r"(.*?)(?: - at (?:`key` in )?`\$(.*)`)?", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(\w+)`")
 
 
-def _limit_choices(field: str, prompts: int, choices_per_prompt: int, top_logprobs: int | None) -> None:
-    limit = MAX_CHOICES if top_logprobs is None else MAX_CHOICES_WITH_LOGPROBS
-    if prompts * choices_per_prompt > limit:
-        kind = "" if top_logprobs is None else " with logprobs"
+def _limit_choices(field: str, prompts: int, choices_per_prompt: int) -> None:
+    if prompts * choices_per_prompt > MAX_CHOICES:
         raise InvalidParameterError(
-            field, f"one request may have {limit} answers{kind}, not {prompts} times {choices_per_prompt}"
+            field, f"one request may have {MAX_CHOICES} answers, not {prompts} times {choices_per_prompt}"
         )
+
+
+def _grammar(response_format: ResponseFormat | None) -> str | None:
+    if isinstance(response_format, JsonObjectResponse):
+        return json_grammar({"type": "object"})
+    if isinstance(response_format, JsonSchemaResponse):
+        return json_grammar(_first(response_format.json_schema.schema, {"type": "object"}))
+    return None
 
 
 def _with_other_seed(request: GenerationRequest, number: int) -> GenerationRequest:

@@ -1,6 +1,7 @@
 """The replies' objects: whole ones, and the chunks of a stream. No I/O.
 
-A `ReplyWriter` belongs to one request; the two kinds of completions differ in how they write a choice.
+A `ReplyWriter` belongs to one request. The two kinds of completions stand here, and differ in how they write a choice;
+responses have a module of their own.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ import msgspec
 
 from petals_chat.engine.interface import Chunk
 from petals_chat.errors import EngineError
+from petals_chat.gateway.openai.errors import ErrorReply
+from petals_chat.gateway.openai.event_stream import event
 from petals_chat.gateway.openai.logprobs import (
+    ChatLogprobsWriter,
+    CompletionLogprobsWriter,
     LogprobsFilter,
+    LogprobsWriter,
     PlacedLogprobs,
-    chat_logprobs,
-    completion_logprobs,
 )
 from petals_chat.gateway.openai.stop_text import StopTextFilter
-from petals_chat.protocol.messages import FinishReason, GenerationRequest
+from petals_chat.gateway.openai.tools import Tools
+from petals_chat.protocol.messages import FinishReason, GenerationRequest, ToolCall
 
 _FINISH_REASONS = {
     FinishReason.STOP_SEQUENCE: "stop",
@@ -40,30 +45,35 @@ class Piece:
     """What is added to an answer."""
 
     text: str
-    logprobs: Sequence[PlacedLogprobs]
+    logprobs: Sequence[PlacedLogprobs] = ()
+    calls: Sequence[ToolCall] = ()
+    """Calls of functions; with the last piece."""
 
 
 class Choice:
     """One answer, as its pieces come.
 
     Args:
-        echo: the prompt's text is part of it.
+        echoed: text of the prompt, if that is part of it.
+        tools: functions that it may call.
     """
 
-    def __init__(self, index: int, request: GenerationRequest, *, echo: bool = False) -> None:
+    def __init__(
+        self, index: int, request: GenerationRequest, *, echoed: str = "", tools: Tools | None = None
+    ) -> None:
         self.index = index
         self.text = ""
         """All of it so far that is certain; what may become stop text is not in it."""
+        self.calls: Sequence[ToolCall] = ()
         self.finish_reason: str | None = None
         self.completion_tokens = 0
         self.prompt_tokens = 0
         self.cached_tokens = 0
-        self.logprobs: list[PlacedLogprobs] = []
-        """Of the tokens of `text`, if they were asked for."""
         self._filter = StopTextFilter(request.stop_sequences)
-        self._logprobs_filter = LogprobsFilter()
+        self._logprobs_filter = LogprobsFilter(echoed)
+        self._tool_reader = tools.reader() if tools else None
         self._generated_bytes = 0
-        self._echoed = request.inputs if echo and isinstance(request.inputs, str) else ""
+        self._echoed = echoed
 
     def add(self, chunk: Chunk) -> Piece:
         """What is certain now and was not before.
@@ -71,23 +81,33 @@ class Choice:
         Raises:
             EngineError: the generation was ended from this side.
         """
-        self.completion_tokens += chunk.token_count
-        if chunk.finish_reason is None:
-            piece = self._filter.add(chunk.text)
-        elif chunk.finish_reason is FinishReason.CANCELLED:
+        if chunk.finish_reason is FinishReason.CANCELLED:
             raise EngineError("the server ended the generation. Try again in a moment")
-        else:
-            piece = self._filter.end(
-                chunk.text, is_stop_sequence=chunk.finish_reason is FinishReason.STOP_SEQUENCE
-            )
-            self.finish_reason = _FINISH_REASONS[chunk.finish_reason]
+        self.completion_tokens += chunk.token_count
+        text = self._certain_text(chunk)
+        self._generated_bytes += len(text.encode())
+        logprobs = [
+            *self._logprobs_filter.add_prompt(chunk.prompt_logprobs),
+            *self._logprobs_filter.add(chunk.logprobs, self._generated_bytes, chunk.finish_reason),
+        ]
+        if self._tool_reader:
+            text = self._tool_reader.add(text)
+            if chunk.finish_reason is not None:
+                rest, self.calls = self._tool_reader.end()
+                text += rest
+        if chunk.finish_reason is not None:
+            self.finish_reason = "tool_calls" if self.calls else _FINISH_REASONS[chunk.finish_reason]
             self.prompt_tokens, self.cached_tokens = chunk.prompt_tokens, chunk.cached_tokens
-        self._generated_bytes += len(piece.encode())
-        logprobs = self._logprobs_filter.add(chunk.logprobs, self._generated_bytes, chunk.finish_reason)
-        self.logprobs += logprobs
-        piece, self._echoed = self._echoed + piece, ""
-        self.text += piece
-        return Piece(piece, logprobs)
+        text, self._echoed = self._echoed + text, ""
+        self.text += text
+        return Piece(text, logprobs, self.calls)
+
+    def _certain_text(self, chunk: Chunk) -> str:
+        if chunk.finish_reason is None:
+            return self._filter.add(chunk.text)
+        return self._filter.end(
+            chunk.text, is_stop_sequence=chunk.finish_reason is FinishReason.STOP_SEQUENCE
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -109,7 +129,7 @@ class Usage:
         )
 
     def as_json(self) -> Json:
-        """The ``usage`` object."""
+        """The ``usage`` object of completions."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -119,7 +139,35 @@ class Usage:
 
 
 class ReplyWriter(ABC):
-    """Writes the reply to one request, as JSON.
+    """Writes the reply to one request: either collects pieces and writes a whole one, or writes events."""
+
+    @abstractmethod
+    def collect(self, choice: Choice, piece: Piece) -> None:
+        """Keep what is needed of a piece for the whole reply, besides what the choice keeps."""
+
+    @abstractmethod
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+        """The reply that is not a stream."""
+
+    @abstractmethod
+    def opening(self, choices: int) -> list[bytes]:
+        """The events with which a stream of so many choices begins."""
+
+    @abstractmethod
+    def piece(self, choice: Choice, piece: Piece) -> list[bytes]:
+        """The events for what was added to a choice, and for its end, if it has ended."""
+
+    @abstractmethod
+    def closing(self, choices: Sequence[Choice], usage: Usage) -> list[bytes]:
+        """The events that come after all choices have ended."""
+
+    def failure(self, error: ErrorReply) -> list[bytes]:
+        """The events with which a stream ends that cannot go on."""
+        return [event(msgspec.json.encode(error))]
+
+
+class CompletionsWriter(ReplyWriter):
+    """What both kinds of completions have in common.
 
     Args:
         model: key of the model.
@@ -129,6 +177,7 @@ class ReplyWriter(ABC):
     id_prefix: ClassVar[str]
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
+    logprobs_writer: ClassVar[type[LogprobsWriter]]
 
     def __init__(self, model: str, *, includes_usage: bool = False) -> None:
         self._head = {
@@ -138,6 +187,12 @@ class ReplyWriter(ABC):
             "model": model,
         }
         self._includes_usage = includes_usage
+        self._logprobs: dict[int, LogprobsWriter] = {}
+
+    def collect(self, choice: Choice, piece: Piece) -> None:
+        """Keep the log probabilities."""
+        if piece.logprobs:
+            self._logprobs.setdefault(choice.index, self.logprobs_writer()).add(piece.logprobs)
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         """The reply that is not a stream."""
@@ -145,93 +200,121 @@ class ReplyWriter(ABC):
             {
                 **self._head,
                 "object": self.whole_object,
-                "choices": [self._whole_choice(choice) for choice in choices],
+                "choices": [
+                    {
+                        "index": choice.index,
+                        **self._answer(choice),
+                        "logprobs": self._collected_logprobs(choice.index),
+                        "finish_reason": choice.finish_reason,
+                    }
+                    for choice in choices
+                ],
                 "usage": usage.as_json(),
             }
         )
 
-    def opening(self, index: int) -> list[bytes]:
-        """The chunks with which a choice begins."""
+    def opening(self, choices: int) -> list[bytes]:
+        """Nothing, unless a subclass has something."""
         return []
 
     def piece(self, choice: Choice, piece: Piece) -> list[bytes]:
         """The chunks for what was added to a choice, and for its end, if it has ended."""
         chunks = []
-        if piece.text or piece.logprobs:
-            chunks.append(self._chunk(self._piece_choice(choice.index, piece)))
+        if piece.text or piece.logprobs or piece.calls:
+            writer = self.logprobs_writer()
+            writer.add(piece.logprobs)
+            for part in self._parts(piece):
+                chunks.append(self._chunk(choice.index, part, logprobs=writer.value()))
+                writer = self.logprobs_writer()
         if choice.finish_reason is not None:
-            chunks.append(self._chunk(self._finished_choice(choice.index, choice.finish_reason)))
+            chunks.append(self._chunk(choice.index, self._no_part, choice.finish_reason))
         return chunks
 
-    def closing(self, usage: Usage) -> list[bytes]:
-        """The chunks that come after all choices have ended."""
+    def closing(self, choices: Sequence[Choice], usage: Usage) -> list[bytes]:
+        """The numbers of tokens, if they were asked for."""
         if not self._includes_usage:
             return []
-        return [msgspec.json.encode({**self._head, "choices": [], "usage": usage.as_json()})]
+        return [event(msgspec.json.encode({**self._head, "choices": [], "usage": usage.as_json()}))]
 
-    def _chunk(self, choice: Json) -> bytes:
+    def _chunk(
+        self, index: int, part: Json, finish_reason: str | None = None, logprobs: msgspec.Raw | None = None
+    ) -> bytes:
+        choice = {"index": index, **part, "logprobs": logprobs, "finish_reason": finish_reason}
         chunk: Json = {**self._head, "choices": [choice]}
         if self._includes_usage:
             chunk["usage"] = None
-        return msgspec.json.encode(chunk)
+        return event(msgspec.json.encode(chunk))
+
+    def _collected_logprobs(self, index: int) -> msgspec.Raw | None:
+        writer = self._logprobs.get(index)
+        return writer.value() if writer else None
 
     @abstractmethod
-    def _whole_choice(self, choice: Choice) -> Json: ...
+    def _answer(self, choice: Choice) -> Json: ...
 
     @abstractmethod
-    def _piece_choice(self, index: int, piece: Piece) -> Json: ...
+    def _parts(self, piece: Piece) -> list[Json]: ...
 
+    @property
     @abstractmethod
-    def _finished_choice(self, index: int, finish_reason: str) -> Json: ...
+    def _no_part(self) -> Json: ...
 
 
-class ChatReplyWriter(ReplyWriter):
+class ChatReplyWriter(CompletionsWriter):
     """Writes chat completions."""
 
     id_prefix = "chatcmpl"
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
+    logprobs_writer = ChatLogprobsWriter
 
-    def opening(self, index: int) -> list[bytes]:
+    def opening(self, choices: int) -> list[bytes]:
         """Says who speaks."""
-        return [self._chunk(_delta(index, {"role": "assistant", "content": ""}))]
+        delta = {"delta": {"role": "assistant", "content": ""}}
+        return [self._chunk(index, delta) for index in range(choices)]
 
-    def _whole_choice(self, choice: Choice) -> Json:
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
-        return {
-            "index": choice.index,
-            "message": message,
-            "logprobs": chat_logprobs(choice.logprobs),
-            "finish_reason": choice.finish_reason,
-        }
+    def _answer(self, choice: Choice) -> Json:
+        content = None if choice.calls and not choice.text else choice.text
+        message: Json = {"role": "assistant", "content": content, "refusal": None}
+        if choice.calls:
+            message["tool_calls"] = [_call(call) for call in choice.calls]
+        return {"message": message}
 
-    def _piece_choice(self, index: int, piece: Piece) -> Json:
-        return {**_delta(index, {"content": piece.text}), "logprobs": chat_logprobs(piece.logprobs)}
+    def _parts(self, piece: Piece) -> list[Json]:
+        deltas: list[Json] = []
+        if piece.text or not piece.calls:
+            deltas.append({"content": piece.text})
+        if piece.calls:
+            calls = [{"index": index, **_call(call)} for index, call in enumerate(piece.calls)]
+            deltas.append({"tool_calls": calls})
+        return [{"delta": delta} for delta in deltas]
 
-    def _finished_choice(self, index: int, finish_reason: str) -> Json:
-        return _delta(index, {}, finish_reason)
+    @property
+    def _no_part(self) -> Json:
+        return {"delta": {}}
 
 
-class CompletionReplyWriter(ReplyWriter):
+class CompletionReplyWriter(CompletionsWriter):
     """Writes completions of prompts."""
 
     id_prefix = "cmpl"
     whole_object = chunk_object = "text_completion"
+    logprobs_writer = CompletionLogprobsWriter
 
-    def _whole_choice(self, choice: Choice) -> Json:
-        reply = _text(choice.index, choice.text, choice.finish_reason)
-        return {**reply, "logprobs": completion_logprobs(choice.logprobs)}
+    def _answer(self, choice: Choice) -> Json:
+        return {"text": choice.text}
 
-    def _piece_choice(self, index: int, piece: Piece) -> Json:
-        return {**_text(index, piece.text), "logprobs": completion_logprobs(piece.logprobs)}
+    def _parts(self, piece: Piece) -> list[Json]:
+        return [{"text": piece.text}]
 
-    def _finished_choice(self, index: int, finish_reason: str) -> Json:
-        return _text(index, "", finish_reason)
-
-
-def _delta(index: int, delta: Json, finish_reason: str | None = None) -> Json:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    @property
+    def _no_part(self) -> Json:
+        return {"text": ""}
 
 
-def _text(index: int, text: str, finish_reason: str | None = None) -> Json:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+def _call(call: ToolCall) -> Json:
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }

@@ -1,0 +1,1 @@
+"""The visitors' conversations, kept in a database."""
