@@ -12,7 +12,15 @@ import pytest
 from playwright.async_api import Browser, async_playwright
 
 from petals_chat.gateway.app import create_app
-from petals_chat.settings import ChatSettings, LimitSettings, ModelSettings, ServerSettings, Settings
+from petals_chat.settings import (
+    ChatSettings,
+    EngineSettings,
+    HistorySettings,
+    LimitSettings,
+    ModelSettings,
+    ServerSettings,
+    Settings,
+)
 from tests.asgi_server import running_server
 from tests.browser.build import build_page
 from tests.browser.chat_page import ChatPage, open_chat
@@ -64,15 +72,35 @@ class Gateway:
 
 @asynccontextmanager
 async def running_gateway(
-    *, root_path: str = "", limits: LimitSettings | None = None
+    *,
+    data_dir: Path | None = None,
+    line: Line | None = None,
+    root_path: str = "",
+    limits: LimitSettings | None = None,
+    engine: FakeEngine | None = None,
 ) -> AsyncIterator[Gateway]:
-    """A gateway that must end without a session or a generation left."""
-    server = ServerSettings(root_path=root_path)
-    settings = Settings(server=server, limits=limits or LimitSettings(), models=MODELS)
-    engine = FakeEngine(*(model.key for model in MODELS))
+    """A gateway that must end without a session or a generation left.
+
+    Args:
+        data_dir: has the history; None = the server keeps none.
+        line: leads to the gateway from now on, in place of a line of its own.
+    """
+    settings = Settings(
+        server=ServerSettings(root_path=root_path),
+        limits=limits or LimitSettings(),
+        history=HistorySettings(enabled=data_dir is not None),
+        engine=EngineSettings() if data_dir is None else EngineSettings(data_dir=data_dir),
+        models=MODELS,
+    )
+    engine = engine or FakeEngine(*(model.key for model in MODELS))
     app = create_app(settings, engine)
-    async with running_server(app, settings) as address, Line.to(address) as line:
-        yield Gateway(f"http://{line.address}{root_path}/", engine, line)
+    async with running_server(app, settings) as address:
+        if line is None:
+            async with Line.to(address) as own_line:
+                yield Gateway(f"http://{own_line.address}{root_path}/", engine, own_line)
+        else:
+            line.lead_to(address)
+            yield Gateway(f"http://{line.address}{root_path}/", engine, line)
     assert engine.sessions == {}
     assert engine.running == 0
 
@@ -101,7 +129,15 @@ def built_page() -> None:
 
 
 @pytest.fixture
-async def gateway(built_page: None) -> AsyncIterator[Gateway]:
+async def gateway(built_page: None, tmp_path: Path) -> AsyncIterator[Gateway]:
+    """A gateway that keeps chats."""
+    async with running_gateway(data_dir=tmp_path) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+async def forgetful_gateway(built_page: None) -> AsyncIterator[Gateway]:
+    """A gateway that keeps no chats."""
     async with running_gateway() as gateway:
         yield gateway
 

@@ -27,6 +27,10 @@ class Line:
         finally:
             await line.cut()
 
+    def lead_to(self, target: str) -> None:
+        """Forward new connections to another server."""
+        self._host, _, self._port = target.rpartition(":")
+
     async def mend(self) -> None:
         """Accept connections, always at the same address."""
         port = int(self.address.rpartition(":")[2] or 0)

@@ -1,0 +1,3 @@
+/** The languages that are coloured: the library's common ones. */
+
+export { default } from "highlight.js/lib/common";

@@ -1,0 +1,209 @@
+import { afterEach, beforeEach, expect, test, vi } from "vitest";
+
+import type { AnswerRequest } from "../src/contract";
+import { Answer } from "../src/streams/answer";
+import type { AnswerOptions } from "../src/streams/answer";
+import { FakeServer } from "./server";
+
+const REQUEST: AnswerRequest = { type: "answer", model: "m", messages: [{ role: "user", content: "Hi" }] };
+const PIECES = ["One", " two", " three", " four"];
+
+beforeEach(() => void vi.useFakeTimers());
+afterEach(() => void vi.useRealTimers());
+
+function follow(server: FakeServer, begin: ConstructorParameters<typeof Answer>[0] = REQUEST, recover?: AnswerOptions["recover"]) {
+  const heard = { text: "", tokens: 0, ends: [] as string[], waits: [] as string[], places: [] as number[] };
+  const answer = new Answer(begin, {
+    connect: server.connect,
+    ...(recover ? { recover } : {}),
+    listener: {
+      started: () => undefined,
+      waiting: (code) => heard.waits.push(code),
+      queued: (place) => heard.places.push(place),
+      text: (text, tokens) => {
+        heard.text += text;
+        heard.tokens += tokens;
+      },
+      finished: (reason) => heard.ends.push(reason),
+      failed: (code) => heard.ends.push(`failed: ${code}`),
+    },
+  });
+  return { answer, heard };
+}
+
+const pass = (seconds = 0) => vi.advanceTimersByTimeAsync(seconds * 1000 + 10);
+
+test("an answer is asked for, and its pieces come in order", async () => {
+  const server = new FakeServer(PIECES);
+  const { heard } = follow(server);
+  await pass();
+  server.makeAll();
+  await pass();
+  expect(heard).toMatchObject({ text: PIECES.join(""), tokens: 4, ends: ["stop"], waits: [] });
+  expect(server.received).toEqual([REQUEST]);
+});
+
+// The connection is lost after each number of frames, and again after each number of frames.
+const cuts = [1, 2, 3, 4, 5].flatMap((first) => [0, 1, 2, 3].map((second) => [first, second] as const));
+test.each(cuts)("a stream that is cut after %d frames, and then after %d, gives each token once", async (first, second) => {
+  const server = new FakeServer(PIECES);
+  server.cuts.push(first, second);
+  const { heard } = follow(server);
+  for (let step = 0; step < 8; step++) {
+    await pass(1);
+    server.make();
+  }
+  await pass(30);
+  expect(heard).toMatchObject({ text: PIECES.join(""), tokens: 4, ends: ["stop"] });
+  expect(server.received.filter(({ type }) => type === "answer")).toHaveLength(1);
+});
+
+test.each([0, 1, 2, 3, 4])("attaching after %d tokens gives the rest", async (position) => {
+  const server = new FakeServer(PIECES);
+  server.made = 3;
+  const { heard } = follow(server, { generation: "generation-1", position });
+  await pass();
+  server.makeAll();
+  await pass();
+  expect(heard).toMatchObject({ text: PIECES.slice(position).join(""), ends: ["stop"] });
+});
+
+test("attempts to reconnect get rarer, and the first success makes them quick again", async () => {
+  const server = new FakeServer(PIECES);
+  const { heard } = follow(server);
+  await pass();
+  server.isUp = false;
+  server.loseConnections();
+  await pass(120);
+  expect(heard.waits.length).toBeGreaterThan(6);
+  expect(heard.waits.length).toBeLessThan(16);
+  server.isUp = true;
+  server.makeAll();
+  await pass(15);
+  expect(heard).toMatchObject({ text: PIECES.join(""), ends: ["stop"] });
+});
+
+test("when the network is back, the next attempt is made at once", async () => {
+  const server = new FakeServer(PIECES);
+  const { answer, heard } = follow(server);
+  await pass();
+  server.isUp = false;
+  server.loseConnections();
+  await pass(60);
+  server.isUp = true;
+  server.makeAll();
+  answer.hurry();
+  await pass(0.1);
+  expect(heard.ends).toEqual(["stop"]);
+});
+
+test("a request whose fate is unknown is only sent again if nothing came of it", async () => {
+  const server = new FakeServer(PIECES);
+  server.cuts.push(0);
+  const recover = vi.fn(async () => null);
+  const { heard } = follow(server, REQUEST, recover);
+  await pass(1);
+  server.makeAll();
+  await pass(1);
+  expect(recover).toHaveBeenCalledTimes(1);
+  expect(server.received).toEqual([REQUEST, REQUEST]);
+  expect(heard.text).toBe(PIECES.join(""));
+});
+
+test("a request whose fate is unknown is attached to if it runs", async () => {
+  const server = new FakeServer(PIECES);
+  server.cuts.push(0);
+  const { heard } = follow(server, REQUEST, async () => ({ generation: "generation-1", position: 0 }));
+  await pass(1);
+  server.makeAll();
+  await pass(1);
+  expect(server.received.map(({ type }) => type)).toEqual(["answer", "attach"]);
+  expect(heard.text).toBe(PIECES.join(""));
+});
+
+test("a model that is loading is asked again until it answers", async () => {
+  const server = new FakeServer(PIECES);
+  server.refusals.push("model_loading", "model_loading");
+  const { heard } = follow(server);
+  await pass(7);
+  server.makeAll();
+  await pass();
+  expect(heard).toMatchObject({ waits: ["model_loading", "model_loading"], ends: ["stop"] });
+});
+
+test("other errors end the answer", async () => {
+  const server = new FakeServer(PIECES);
+  server.refusals.push("missing_blocks");
+  const { heard } = follow(server);
+  await pass(60);
+  expect(heard).toMatchObject({ waits: [], ends: ["failed: missing_blocks"] });
+  expect(server.received).toHaveLength(1);
+});
+
+test("stopping ends the generation, and keeps what came", async () => {
+  const server = new FakeServer(PIECES);
+  const { answer, heard } = follow(server);
+  await pass();
+  server.make();
+  answer.stop();
+  await pass();
+  expect(server.isStopped).toBe(true);
+  expect(heard).toMatchObject({ text: "One", ends: ["stopped"] });
+});
+
+test("stopping before the server has begun stops it as soon as it has", async () => {
+  const server = new FakeServer(PIECES);
+  const { answer, heard } = follow(server);
+  await vi.advanceTimersByTimeAsync(0); // open, and the request is on its way
+  answer.stop();
+  await pass(1);
+  expect(server.isStopped).toBe(true);
+  expect(heard.ends).toEqual(["stopped"]);
+});
+
+test("stopping without a connection tells the server when it can be reached", async () => {
+  const server = new FakeServer(PIECES);
+  const { answer, heard } = follow(server);
+  await pass();
+  server.isUp = false;
+  server.loseConnections();
+  await pass(0.1);
+  server.isUp = true;
+  answer.stop();
+  await pass(1);
+  expect(server.isStopped).toBe(true);
+  expect(heard.ends).toEqual(["stopped"]);
+});
+
+test("stopping while the model loads asks for nothing more", async () => {
+  const server = new FakeServer(PIECES);
+  server.refusals.push("model_loading");
+  const { answer, heard } = follow(server);
+  await pass(1);
+  answer.stop();
+  await pass(30);
+  expect(heard.ends).toEqual(["stopped"]);
+  expect(server.received).toHaveLength(1);
+});
+
+test("a stop that nobody confirms ends after a while", async () => {
+  const server = new FakeServer(PIECES);
+  const { answer, heard } = follow(server);
+  await pass();
+  server.isUp = false;
+  server.loseConnections();
+  answer.stop();
+  await pass(6);
+  expect(heard.ends).toEqual(["stopped"]);
+});
+
+test("who has left hears nothing more, and the generation goes on", async () => {
+  const server = new FakeServer(PIECES);
+  const { answer, heard } = follow(server);
+  await pass();
+  answer.leave();
+  server.makeAll();
+  await pass(60);
+  expect(heard).toMatchObject({ text: "", ends: [] });
+  expect(server.isStopped).toBe(false);
+});
