@@ -23,7 +23,7 @@ web: $(PAGE)
 bench: setup $(VENV)/.installed-dev web
 	$(BIN)/python bench/token_path.py $(ARGS)
 
-# Trains the built-in model anew: half an hour on one core or more, see training/README.md.
+# Trains the built-in model anew: about an hour on one core, see training/README.md.
 guide: setup $(VENV)/.installed-dev
 	$(BIN)/python -m training $(ARGS)
 

@@ -28,7 +28,7 @@ COULD_NOT_PASS = {
 
 
 @pytest.fixture(scope="module")
-def server(
+def server_with_keys(
     checkpoints: dict[str, Path], random_host: HostReady, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """It needs a key, so that nothing depends on there being none."""
@@ -51,9 +51,9 @@ def _control_characters(checkpoint: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("api", ["openai-chat", "open-responses"])
-def test_llm_comply_finds_nothing_wrong(server: Server, tmp_path: Path, api: str) -> None:
+def test_llm_comply_finds_nothing_wrong(server_with_keys: Server, tmp_path: Path, api: str) -> None:
     options = [
-        f"--base-url={server.url}/v1",
+        f"--base-url={server_with_keys.url}/v1",
         f"--api-key={KEY}",
         "--model=hermes",
         f"--format={api}",

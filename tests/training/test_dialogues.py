@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from training.chat_format import END, encode, text_of, train_tokenizer
 from training.corpus import load_corpus
 from training.dialogues import Dialogue, DialogueWriter, Turn
-from training.wording import reword
+from training.wording import mingle, reword
 
 DIALOGUE = Dialogue("Be kind.", (Turn("Hi?", "Hello!"), Turn("`make run`?", "Yes: `make run`.")))
 
@@ -69,3 +69,10 @@ def test_the_model_learns_to_say_answers_and_their_ends_only(tokenizer: PreTrain
     said = [token for token, is_said in zip(example.token_ids, example.is_said, strict=True) if is_said]
     assert tokenizer.decode(said) == f" Hello!{END} Yes: `make run`.{END}"
     assert example.token_ids == tokenizer(text_of(DIALOGUE))["input_ids"]
+
+
+def test_mingled_words_are_those_of_both_wordings() -> None:
+    words = {"how", "do", "I", "start", "it", "what", "starts", "this"}
+    mingled = {mingle("how do I start it", "what starts this", Random(seed)) for seed in range(50)}
+    assert len(mingled) > 40
+    assert all(set(text.split()) <= words and len(text.split()) >= 3 for text in mingled)
