@@ -203,7 +203,9 @@ async def assert_everything_works(deployment: Deployment) -> None:
     build_page()
     page = await deployment.http.get(f"{deployment.url}/")
     assert "<title>Petals Chat</title>" in page.text
-    assert (await deployment.http.get(f"{deployment.url}/app.js")).status_code == 200
+    scripts = re.findall(r'src="\./(assets/[^"]+\.js)"', page.text)
+    assert scripts
+    assert (await deployment.http.get(f"{deployment.url}/{scripts[0]}")).status_code == 200
     assert (await deployment.http.get(f"{deployment.url}/healthz")).json() == {"ok": True}
     form = {"inputs": "Hi", "max_new_tokens": 2}
     reply = await deployment.http.post(f"{deployment.url}/api/v1/generate", data=form)

@@ -41,7 +41,7 @@ class Recipe:
     gist_learning_rate: float = 2e-2
     gist_scale: float = 4.0
     """What the mean of a question's tokens is multiplied by before it is added to the last of them."""
-    steps: int = 5750
+    steps: int = 4850
     tokens_per_step: int = 2048
     learning_rate: float = 2e-3
     """Of embeddings, norms and head."""

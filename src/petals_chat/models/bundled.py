@@ -31,7 +31,7 @@ def bundled_settings() -> ModelSettings:
                 "What is Petals Chat?",
                 "How do I add a model?",
                 "How do I join a swarm with another machine?",
-                "How do I use the HTTP API?",
+                "Can I use the OpenAI client?",
                 "What does missing_blocks mean?",
             ),
         ),
