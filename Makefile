@@ -22,6 +22,8 @@ web: $(PAGE)
 
 bench: setup $(VENV)/.installed-dev web
 	$(BIN)/python bench/token_path.py $(ARGS)
+	$(if $(ARGS),,$(BIN)/python bench/host_batching.py)
+	$(if $(ARGS),,$(BIN)/python bench/private_swarm.py)
 
 # Trains the built-in model anew: about an hour on one core, see training/README.md.
 guide: setup $(VENV)/.installed-dev
