@@ -93,6 +93,7 @@ async def test_everything_can_be_done_with_the_keyboard(chat: ChatPage, engine: 
     await expect(editor).to_have_count(0)
     await page.keyboard.press("Control+Shift+O")
     await expect(chat.questions).to_have_count(0)
+    await page.wait_for_timeout(500)  # the field of the new chat takes the focus a moment later
     await page.keyboard.press("Control+k")
     search = page.get_by_label("Search chats")
     await expect(search).to_be_focused()
@@ -106,6 +107,7 @@ async def test_everything_can_be_done_with_the_keyboard(chat: ChatPage, engine: 
     await expect(page.get_by_label("Title")).to_be_focused()
     await page.keyboard.press("Escape")
     await expect(page.get_by_role("button", name="Actions for “One?”")).to_be_focused()
+    await page.wait_for_timeout(500)  # until the sheet is gone
     await page.keyboard.press("?")
     await expect(chat.sheet.get_by_role("heading", name="Shortcuts and help")).to_be_visible()
     await page.keyboard.press("Escape")
