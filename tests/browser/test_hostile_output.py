@@ -76,10 +76,11 @@ async def test_hostile_answers_do_nothing_while_they_are_streamed_nor_later(
             foreign.append(request.url)
 
     chat.page.on("request", note)
-    for payload in ("\n\n".join(PAYLOADS[:26]), "\n\n".join(PAYLOADS[26:])):
+    for count, payload in enumerate(("\n\n".join(PAYLOADS[:26]), "\n\n".join(PAYLOADS[26:])), start=1):
         text = payload.encode("utf-8", "replace").decode()
         engine.tokens = [*re.findall(r"(?s).{1,3}", text), "\n\nThe end."]
         await chat.ask(f"<img src=x onerror={HARM}>")
+        await expect(chat.answers).to_have_count(count)
         await expect(chat.answers.last).to_contain_text("The end.")
         await expect(chat.send).to_be_visible()
     await chat.page.reload()

@@ -1,6 +1,6 @@
 /** The field for the next message, and what people must know before they write. */
 
-import { useEffect, useLayoutEffect, useRef } from "preact/hooks";
+import { useLayoutEffect, useRef } from "preact/hooks";
 
 import type { Model } from "../contract";
 import { app } from "../page";
@@ -8,6 +8,7 @@ import type { Conversation } from "../state/conversation";
 import { texts } from "../texts";
 import { Icon } from "./icons";
 import { wholeNumber } from "./numbers";
+import { focusMessageField, isWriting } from "./shortcuts";
 
 /** Measuring a longer text takes its time; the field is at its greatest height then anyway. */
 const LONGEST_MEASURED = 10_000;
@@ -20,7 +21,7 @@ export function Composer({ conversation }: { conversation: Conversation }) {
   const model = app.model.value;
   const canSend = draft.trim() !== "" && model !== undefined;
   const send = () => {
-    const text = draft.trim();
+    const text = app.draft.value.trim(); // `draft` may be a key older
     if (text === "" || isAnswering || model === undefined) return;
     app.draft.value = "";
     void app.send(text);
@@ -30,7 +31,7 @@ export function Composer({ conversation }: { conversation: Conversation }) {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
       event.preventDefault();
       send();
-    } else if (event.key === "ArrowUp" && draft === "" && !isAnswering) {
+    } else if (event.key === "ArrowUp" && app.draft.value === "" && !isAnswering) {
       const last = conversation.branch.value.findLast((message) => message.role === "user");
       if (last) {
         event.preventDefault();
@@ -39,9 +40,8 @@ export function Composer({ conversation }: { conversation: Conversation }) {
     }
   };
   useLayoutEffect(() => fit(field.current!), [draft]);
-  useEffect(() => {
-    // On a touch screen this would bring up the keyboard, over the answer.
-    if (matchMedia("(pointer: fine)").matches && app.editing.value === null) field.current?.focus();
+  useLayoutEffect(() => {
+    if (!isWriting(document.activeElement)) focusMessageField();
   }, [conversation]);
   return (
     <div class="composer-area">

@@ -26,6 +26,7 @@ export function Dialog({ title, children, class: name = "" }: Properties) {
       ref={element}
       class={`sheet ${name}`}
       aria-labelledby={id}
+      onCancel={closeSheet} // Escape; the close event that follows comes a moment too late for the next key
       onClose={closeSheet}
       onClick={(event) => event.target === event.currentTarget && closeSheet()}
     >

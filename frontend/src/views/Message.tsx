@@ -12,6 +12,7 @@ import { Icon } from "./icons";
 import { loadMarkdown, Markdown } from "./Markdown";
 import { roundNumber, wholeNumber } from "./numbers";
 import { Outcome } from "./Outcome";
+import { focusMessageField } from "./shortcuts";
 
 /** Longer questions, like pasted files, are folded. */
 const LONGEST_UNFOLDED = 3000;
@@ -78,10 +79,15 @@ export function QuestionText({ text }: { text: string }) {
 
 function Editor({ message }: { message: Message }) {
   const field = useRef<HTMLTextAreaElement>(null);
-  const stop = () => (app.editing.value = null);
+  const stop = () => {
+    app.editing.value = null;
+    focusMessageField();
+  };
   const send = () => {
     const text = field.current!.value.trim();
-    if (text !== "") void app.edit(message.id, text);
+    if (text === "") return;
+    void app.edit(message.id, text);
+    focusMessageField();
   };
   useLayoutEffect(() => {
     const area = field.current!;

@@ -21,7 +21,7 @@ function onKey(event: KeyboardEvent): void {
 function actionOf(event: KeyboardEvent): (() => void) | undefined {
   const key = event.key.toLowerCase();
   const isCommand = event.ctrlKey || event.metaKey;
-  if (isCommand && event.shiftKey && key === "o") return () => app.newChat();
+  if (isCommand && event.shiftKey && key === "o") return newChat;
   if (isCommand && event.shiftKey && key === "l") return copyLastAnswer;
   if (isCommand && !event.shiftKey && key === "k") return search;
   if (isCommand && !event.shiftKey && key === "b") return toggleSidebar;
@@ -36,6 +36,11 @@ function escape(): (() => void) | undefined {
   return conversation?.isAnswering ? () => conversation.stop() : undefined;
 }
 
+function newChat(): void {
+  if (document.activeElement instanceof HTMLElement) document.activeElement.blur(); // the field of the new chat gets the focus
+  app.newChat();
+}
+
 function search(): void {
   app.sidebar.value = "open";
   app.isDrawerOpen.value = matchMedia("(max-width: 52rem)").matches;
@@ -47,6 +52,12 @@ async function copyLastAnswer(): Promise<void> {
   if (answer) app.tell((await copyText(answer.content)) ? texts.chat.copied : texts.chat.copyFailed);
 }
 
-function isWriting(target: EventTarget | null): boolean {
+/** On a touch screen this would bring up the keyboard, over the answer. */
+export function focusMessageField(): void {
+  if (matchMedia("(pointer: fine)").matches) document.getElementById("message")?.focus();
+}
+
+/** Whether keys go into a text. */
+export function isWriting(target: EventTarget | null): boolean {
   return target instanceof HTMLElement && target.closest("input, textarea, select, [contenteditable]") !== null;
 }
