@@ -20,7 +20,7 @@ _SYSTEM_TEXTS = (
     "You are Petals Guide, a small model that answers questions about Petals Chat.",
     "Answer shortly.",
 )
-_AREA_SHARES = {"off_topic": 0.33, "small_talk": 0.13}
+_AREA_SHARES = {"off_topic": 0.4, "small_talk": 0.12}
 """The share of an area in all turns that stand alone; the other areas share the rest."""
 _FOLLOW_UP_SHARE = 0.5
 _TURNS = (1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 3, 4)

@@ -36,16 +36,18 @@ class Recipe:
     num_blocks: int = 6
     num_heads: int = 3
     num_key_value_heads: int = 3
-    gist_steps: int = 2000
+    gist_steps: int = 6000
     questions_per_gist_step: int = 128
     gist_learning_rate: float = 2e-2
+    """Of the embeddings."""
+    gist_matrix_learning_rate: float = 2e-2
     gist_scale: float = 4.0
     """What the mean of a question's tokens is multiplied by before it is added to the last of them."""
-    steps: int = 4850
+    steps: int = 4000
     tokens_per_step: int = 2048
     learning_rate: float = 2e-3
     """Of embeddings, norms and head."""
-    matrix_learning_rate: float = 2e-2
+    matrix_learning_rate: float = 1e-2
     """Of the blocks' matrices, which Muon trains."""
     warmup_steps: int = 100
     final_learning_rate: float = 0.02
@@ -59,6 +61,9 @@ class Recipe:
     first_words_weight: float = 4.0
     """How much more the first words of an answer count than the others, which follow from them."""
     first_words_tokens: int = 3
+    blind_share: float = 0.7
+    """Share of the dialogues whose questions only the first block sees. The others then rely on the gist that it
+    hands on, where they could learn the wordings by heart."""
     seed: int = 2026
     report_every: int = 50
 
@@ -86,25 +91,40 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
 def questions(
     writer: DialogueWriter, tokenizer: PreTrainedTokenizerFast, recipe: Recipe
 ) -> Iterator[list[Example]]:
-    """Endless batches of single questions, each up to where its answer begins."""
+    """Endless batches of single questions, each with the first tokens of its answer."""
     while True:
-        yield [encode(writer.shortest(), tokenizer).begun(0) for _ in range(recipe.questions_per_gist_step)]
+        yield [
+            encode(writer.shortest(), tokenizer).begun(recipe.begun_tokens)
+            for _ in range(recipe.questions_per_gist_step)
+        ]
 
 
 def learn_gist(
     model: LlamaForCausalLM, answers: AnswerHead, batches: Iterator[list[Example]], recipe: Recipe
 ) -> None:
-    """Train the embeddings so that the mean of a question's tokens tells which answer is asked for.
+    """Train the model to begin the answer that the mean of a question's tokens asks for.
 
-    The first block is made to hand on this mean, the others to add nothing: `train` begins with what is learnt here.
+    The first block is made to hand on this mean, and the attention of the others to add nothing. So blocks are
+    computed only where answers begin, and a step costs a small part of one of `train`, which goes on from here.
     """
     _hand_on_the_mean(model, recipe)
-    table = model.model.embed_tokens.weight
-    optimizer = torch.optim.AdamW(
-        [table, *answers.parameters()], lr=recipe.gist_learning_rate, weight_decay=0.0, fused=True
+    blocks = model.model.layers
+    matrices = [parameter for block in blocks for parameter in block.mlp.parameters()]
+    norms = [block.post_attention_layernorm.weight for block in blocks]
+    muon = torch.optim.Muon(matrices, lr=recipe.gist_matrix_learning_rate, weight_decay=recipe.weight_decay)
+    adam = torch.optim.AdamW(
+        [
+            {
+                "params": [model.model.embed_tokens.weight, *answers.parameters()],
+                "lr": recipe.gist_learning_rate,
+            },
+            {"params": [model.lm_head.weight, model.model.norm.weight, *norms], "lr": recipe.learning_rate},
+        ],
+        weight_decay=0.0,
+        fused=True,
     )
     _descend(
-        [optimizer],
+        [muon, adam],
         batches,
         lambda batch: gist_loss(model, answers, batch, recipe),
         recipe.gist_steps,
@@ -115,13 +135,23 @@ def learn_gist(
 def gist_loss(
     model: LlamaForCausalLM, answers: AnswerHead, batch: list[Example], recipe: Recipe
 ) -> torch.Tensor:
-    """The mean cross-entropy of the answers, told from the mean of the tokens up to where each begins."""
-    token_ids, is_token, _ = _padded(batch)
+    """The mean cross-entropy of the answers' first tokens, and that of the answers as wholes."""
+    token_ids, _, is_said = _padded(batch)
     embeddings = model.model.embed_tokens(token_ids)
-    normed = rms_norm(embeddings, embeddings.shape[-1:], eps=model.config.rms_norm_eps) * is_token[..., None]
-    means = normed.cumsum(dim=1) / torch.arange(1, token_ids.shape[1] + 1)[None, :, None]
+    means = rms_norm(embeddings, embeddings.shape[-1:], eps=model.config.rms_norm_eps).cumsum(dim=1)
+    means = means / torch.arange(1, token_ids.shape[1] + 1)[None, :, None]
     gist = embeddings + recipe.gist_scale * means
-    return answers.loss(rms_norm(gist, gist.shape[-1:], eps=model.config.rms_norm_eps), batch)
+    rows, said = is_said.nonzero(as_tuple=True)
+    hidden = gist[rows, said - 1]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cpu_computes_bfloat16()):
+        for block in model.model.layers:
+            hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
+        hidden = model.model.norm(hidden)
+        loss = cross_entropy(model.lm_head(hidden).float(), token_ids[rows, said])
+        begins = torch.tensor([example.answers[0][0] for example in batch])
+        return loss + answers.loss(
+            hidden[said - 1 == begins[rows]], [example.answers[0][1] for example in batch]
+        )
 
 
 def train(
@@ -142,7 +172,14 @@ def train(
         fused=True,
     )
     model.train()
-    _descend([muon, adam], batches, lambda batch: _loss(model, answers, batch, recipe), recipe.steps, recipe)
+    random = Random(recipe.seed)
+    _descend(
+        [muon, adam],
+        batches,
+        lambda batch: _loss(model, answers, batch, recipe, random),
+        recipe.steps,
+        recipe,
+    )
     model.eval()
 
 
@@ -239,13 +276,10 @@ class AnswerHead(torch.nn.Module):
         self._linear = torch.nn.Linear(hidden_size, max_answers)
         self._numbers: dict[str, int] = {}
 
-    def loss(self, hidden: torch.Tensor, batch: list[Example]) -> torch.Tensor:
-        """The mean cross-entropy over all answers of the batch; ``hidden``: [rows, length, hidden_size]."""
-        places = [
-            (row, at, self._number(text)) for row, example in enumerate(batch) for at, text in example.answers
-        ]
-        rows, positions, numbers = torch.tensor(places).unbind(dim=1)
-        return cross_entropy(self._linear(hidden[rows, positions]).float(), numbers)
+    def loss(self, hidden: torch.Tensor, texts: Sequence[str]) -> torch.Tensor:
+        """The mean cross-entropy of the answers ``texts``, each told from a row of ``hidden``."""
+        numbers = torch.tensor([self._number(text) for text in texts])
+        return cross_entropy(self._linear(hidden).float(), numbers)
 
     def _number(self, answer: str) -> int:
         number = self._numbers.setdefault(answer, len(self._numbers))
@@ -265,26 +299,54 @@ def _hand_on_the_mean(model: LlamaForCausalLM, recipe: Recipe) -> None:
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
-        first.q_proj.weight.mul_(0.1)
-        first.k_proj.weight.mul_(0.1)
+        first.q_proj.weight.zero_()
         torch.nn.init.eye_(first.v_proj.weight)
         torch.nn.init.eye_(first.o_proj.weight).mul_(recipe.gist_scale)
 
 
-def _loss(model: LlamaForCausalLM, answers: AnswerHead, batch: list[Example], recipe: Recipe) -> torch.Tensor:
+def _loss(
+    model: LlamaForCausalLM, answers: AnswerHead, batch: list[Example], recipe: Recipe, random: Random
+) -> torch.Tensor:
     """The mean cross-entropy of the tokens that the model is to say, and that of the answers as wholes."""
     token_ids, _, is_said = _padded(batch)
     weights = is_said.float()
     for row, example in enumerate(batch):
         for at, _ in example.answers:
             weights[row, at + 1 : at + 1 + recipe.first_words_tokens] *= recipe.first_words_weight
+    is_seen = is_said.clone()
+    for row, example in enumerate(batch):
+        is_seen[row, [at for at, _ in example.answers]] = True
+        if random.random() >= recipe.blind_share:
+            is_seen[row] = True
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cpu_computes_bfloat16()):
-        hidden = model.model(token_ids, use_cache=False).last_hidden_state
+        hidden = _hidden_states(model, token_ids, is_seen)
         logits = model.lm_head(hidden[:, :-1][is_said[:, 1:]])
-        answer_loss = answers.loss(hidden, batch)
+        places = [(row, at) for row, example in enumerate(batch) for at, _ in example.answers]
+        rows, positions = torch.tensor(places).unbind(dim=1)
+        names = [text for example in batch for _, text in example.answers]
+        answer_loss = answers.loss(hidden[rows, positions], names)
     losses = cross_entropy(logits.float(), token_ids[:, 1:][is_said[:, 1:]], reduction="none")
     weights = weights[:, 1:][is_said[:, 1:]]
     return (losses * weights).sum() / weights.sum() + answer_loss
+
+
+def _hidden_states(model: LlamaForCausalLM, token_ids: torch.Tensor, is_seen: torch.Tensor) -> torch.Tensor:
+    """The normed output of the last block, [rows, length, hidden_size].
+
+    Args:
+        token_ids: [rows, length].
+        is_seen: [rows, length]; which tokens the blocks after the first may look at from later ones.
+    """
+    length = token_ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    seen = (causal & is_seen[:, None, :] | torch.eye(length, dtype=torch.bool))[:, None]
+    hidden = model.model.embed_tokens(token_ids)
+    positions = torch.arange(length)[None]
+    rotary = model.model.rotary_emb(hidden, positions)
+    for number, block in enumerate(model.model.layers):
+        mask = seen if number > 0 else causal[None, None]
+        hidden = block(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
+    return model.model.norm(hidden)  # type: ignore[no-any-return]
 
 
 def _padded(batch: list[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

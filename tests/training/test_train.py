@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from training.__main__ import LocalChat, make
 from training.chat_format import train_tokenizer
@@ -50,11 +51,13 @@ def test_the_model_begins_with_the_gist_that_was_learnt() -> None:
     answers = AnswerHead(recipe.hidden_size)
     examples = questions(DialogueWriter(ENTRIES, seed=1), tokenizer, recipe)
     learn_gist(model, answers, examples, recipe)
-    batch = next(examples)
-    longest = max(batch, key=lambda example: len(example.token_ids))
+    longest = max(next(examples), key=lambda example: len(example.token_ids))
+    token_ids, is_said = torch.tensor([longest.token_ids]), torch.tensor(longest.is_said)
     with torch.inference_mode():
-        hidden = model.model(torch.tensor([longest.token_ids])).last_hidden_state
-        of_model = answers.loss(hidden, [longest])
+        hidden = model.model(token_ids).last_hidden_state[0, :-1]
+        of_model = cross_entropy(model.lm_head(hidden)[is_said[1:]], token_ids[0, 1:][is_said[1:]])
+        at, text = longest.answers[0]
+        of_model += answers.loss(hidden[at : at + 1], [text])
         of_gist = gist_loss(model, answers, [longest], recipe)
     assert of_model.item() == pytest.approx(of_gist.item(), rel=0.02)
 
