@@ -2,7 +2,7 @@
 
 No tokenizer, no head, no sampling, no API. A client that steps sessions as Petals does cannot be cheaper.
 
-    python bench/bare_loop.py '{"repository": ..., "peers": [...], "dht_prefix": ..., "dtype": ..., "threads": 0}'
+    python bench/bare_loop.py '{"repository": ..., "peers": [...], "dht_prefix": ..., "dtype": ...}'
 
 Then reads commands from standard input; see `rounds.serve_commands`.
 """
@@ -92,8 +92,7 @@ class BareLoop:
 
 def main() -> None:
     options = json.loads(sys.argv[1])
-    if options["threads"]:
-        torch.set_num_threads(options["threads"])
+    torch.set_num_threads(1)  # it computes nothing, and threads that wait for work cost more than its steps
     checkpoint = open_checkpoint(options["repository"])
     name = client_tensors(checkpoint.config, checkpoint.tensors).embeddings
     with join_swarm(options["peers"], options["dht_prefix"], checkpoint.num_blocks) as manager:

@@ -33,6 +33,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
+from petals_chat.head.modules import load_client_modules
+from petals_chat.head.tuning import use_threads_that_pay
 from petals_chat.models.checkpoint import Checkpoint, client_tensors, open_checkpoint
 from petals_client import InferenceSession, join_swarm, model_dtype, read_tensor
 from rounds import report
@@ -177,9 +179,12 @@ def main() -> None:
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     checkpoint = open_checkpoint(options["repository"])
+    dtype = model_dtype(options["dtype"])
     with join_swarm(options["peers"], options["dht_prefix"], checkpoint.num_blocks) as manager:
+        if not options["threads"]:  # as the gateway's worker does: one thread for a small head
+            use_threads_that_pay(load_client_modules(checkpoint, device=torch.device("cpu"), dtype=dtype))
         kind = GeneratingModel if options["use_generate"] else Model
-        model = kind(checkpoint, model_dtype(options["dtype"]))
+        model = kind(checkpoint, dtype)
         tokenizer = transformers.AutoTokenizer.from_pretrained(options["repository"])
         server = Server(model, tokenizer, manager)
         with serve(server.serve_user, "127.0.0.1", 0, compression=None, ping_interval=None) as listening:

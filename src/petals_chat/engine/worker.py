@@ -334,10 +334,11 @@ def _load(command: StartWorker) -> tuple[Model, SwarmClient, WorkerStarted]:
             chat_template=command.chat_template,
             chat_separator=command.chat_separator,
         ),
-        HeadBatcher(modules, row_seconds=row_seconds(modules)),
+        HeadBatcher(modules, row_seconds=row_seconds(modules), threads=torch.get_num_threads()),
         Swarm(modules, swarm.open_session, rooms, prefill_chunk_tokens=command.prefill_chunk_tokens),
         PrefixStore(idle_timeout=command.prefix_idle_timeout),
     )
+    torch.set_num_threads(1)  # what the event loop's thread computes is small
     return (
         model,
         swarm,

@@ -12,15 +12,24 @@ import dataclasses
 import math
 import random
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from petals_chat.errors import InvalidParameterError
 from petals_chat.protocol.messages import SamplingParameters
 
 FEW_TOKENS = 256
-"""Most probable tokens that are looked at first for top-p."""
+"""Most probable tokens that are looked at first for top-p, at most."""
+_FEW_SHARE = 64
+"""Up to this fraction of a row, torch.topk sorts partially, which is several times as fast."""
+_UNSEEDED = random.Random()  # noqa: S311 - text, not keys
+"""Shared by all generations without a seed: seeding one of its own takes as long as hundreds of draws."""
+
+_Scores = npt.NDArray[np.floating[Any]]
+_TokenIds = npt.NDArray[np.int64]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,7 +74,7 @@ class TokenSampler:
     ) -> None:
         self.parameters = parameters
         self.mask = mask
-        self._random = random.Random(parameters.seed)  # noqa: S311 - text, not keys
+        self._random = _UNSEEDED if parameters.seed is None else random.Random(parameters.seed)  # noqa: S311 - text, not keys
         self.seen: torch.Tensor | None = None
         """bool [vocab_size]: which tokens occurred; only kept if a repetition penalty needs it."""
         if parameters.repetition_penalty != 1.0:
@@ -112,8 +121,11 @@ def process_logits(logits: torch.Tensor, samplers: Sequence[TokenSampler]) -> to
         if sampler.parameters.do_sample:
             row_scores = _by_temperature(scores[row : row + 1], [sampler])
             if _filters(sampler):
-                kept, token_ids, _ = _most_probable(row_scores, [sampler], row_scores.shape[-1])
-                row_scores = torch.full_like(row_scores, -math.inf).scatter(-1, token_ids, kept)
+                kept, token_ids = _kept_of_all(
+                    row_scores[0], row_scores.logsumexp(-1).item(), sampler.parameters
+                )
+                row_scores = torch.full_like(row_scores, -math.inf)
+                row_scores[0, torch.from_numpy(token_ids)] = row_scores.new_tensor(kept)
             scores[row] = row_scores[0]
     return scores
 
@@ -165,17 +177,23 @@ def _draw_plainly(scores: torch.Tensor, samplers: Sequence[TokenSampler]) -> lis
 
 def _draw_filtered(scores: torch.Tensor, samplers: Sequence[TokenSampler]) -> list[int]:
     scores = _by_temperature(scores, samplers)
-    draws = [sampler.draw() for sampler in samplers]
-    kept, token_ids, is_enough = _most_probable(scores, samplers, min(FEW_TOKENS, scores.shape[-1]))
-    chosen = token_ids.gather(-1, _invert(kept, draws)[:, None]).squeeze(-1)
-    tokens: list[int] = chosen.tolist()
-    for row, was_enough in enumerate(is_enough.tolist()):
-        if not was_enough:
-            kept, token_ids, _ = _most_probable(
-                scores[row : row + 1], samplers[row : row + 1], scores.shape[-1]
-            )
-            tokens[row] = int(token_ids[0, _invert(kept, draws[row : row + 1])[0]])
+    best, token_ids = torch.topk(scores, max(1, min(FEW_TOKENS, scores.shape[-1] // _FEW_SHARE)), dim=-1)
+    totals = scores.logsumexp(dim=-1).tolist()
+    # From here on row by row: with so few tokens, numpy is done before torch has begun.
+    looked_at = zip(best.double().cpu().numpy(), token_ids.cpu().numpy(), totals, strict=True)
+    tokens = []
+    for row, (sampler, few) in enumerate(zip(samplers, looked_at, strict=True)):
+        kept = _kept_of_best(*few, sampler.parameters, scores.shape[-1])
+        if kept is None:
+            kept = _kept_of_all(scores[row], few[-1], sampler.parameters)
+        tokens.append(_draw(*kept, sampler.draw()))
     return tokens
+
+
+def _draw(scores: _Scores, token_ids: _TokenIds, draw: float) -> int:
+    """The first token at which the cumulated probability exceeds the random number."""
+    cumulated = np.exp(scores - scores.max(), dtype=np.float64).cumsum()
+    return int(token_ids[cumulated.searchsorted(draw * cumulated[-1], side="right")])
 
 
 def _by_temperature(scores: torch.Tensor, samplers: Sequence[TokenSampler]) -> torch.Tensor:
@@ -192,50 +210,73 @@ def _invert(scores: torch.Tensor, draws: Sequence[float]) -> torch.Tensor:
     return torch.searchsorted(cumulated, limits, right=True).squeeze(-1)
 
 
-def _most_probable(
-    scores: torch.Tensor, samplers: Sequence[TokenSampler], count: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The tokens that top-k and top-p keep, looked for among the ``count`` most probable ones.
+def _kept_of_best(
+    best: _Scores, token_ids: _TokenIds, total: float, parameters: SamplingParameters, vocab_size: int
+) -> tuple[_Scores, _TokenIds] | None:
+    """The tokens of a row that top-k and top-p keep, looked for among its most probable ones.
 
     Sorting a whole vocabulary costs as much as a small LM head, and nearly always the first few tokens suffice.
 
     Args:
-        scores: [rows, vocab_size].
+        best: the highest scores, descending; ``token_ids`` says whose they are.
+        total: the logarithm of the sum of the exponentials of all scores of the row.
 
     Returns:
-        Scores [rows, count], -inf for tokens that are not kept; their token ids [rows, count], ascending, so that
-        a random number means the same token for every ``count``; and whether the ``count`` tokens were enough, [rows].
+        Scores and ids of those kept, ids ascending, so that a random number means the same token however many were
+        looked at; None if these were too few to tell.
     """
-    vocab_size = scores.shape[-1]
-    top_k = [min(sampler.parameters.top_k or vocab_size, vocab_size) for sampler in samplers]
-    best, token_ids = torch.topk(scores, count, dim=-1)
-    least = best[:, -1:]
-    total = scores.logsumexp(dim=-1, keepdim=True)
-    knows_top_k: torch.Tensor | bool = True
-    if min(top_k) < vocab_size:
-        ranks = torch.tensor([min(k, count) - 1 for k in top_k], device=scores.device)[:, None]
-        limited = torch.tensor([k < vocab_size for k in top_k], device=scores.device)[:, None]
-        kth_best = best.gather(-1, ranks)
-        knows_top_k = ~limited | (least < kth_best)
-        # as in transformers, tokens that tie with the k-th best stay
-        best = best.masked_fill((best < kth_best) & limited, -math.inf)
-        total = torch.where(limited, best.logsumexp(dim=-1, keepdim=True), total)
-    probabilities = (best - total).exp()
-    before = probabilities.cumsum(dim=-1) - probabilities
-    top_p = scores.new_tensor([sampler.parameters.top_p for sampler in samplers])[:, None]
-    # Each token stays before which the more probable ones do not make up top_p yet.
-    is_kept = ((before < top_p) | (top_p >= 1.0)) & (best > -math.inf)
-    kept = is_kept.sum(dim=-1, keepdim=True).clamp(min=1)
-    threshold = best.gather(-1, kept - 1)
-    is_enough = ((least < threshold) & knows_top_k)[:, 0] | (count == vocab_size)
-    # Of tokens that tie at the threshold, as many as are needed stay: the first ones. In transformers it is left to
-    # the sort which.
-    needed = kept - (best > threshold).sum(dim=-1, keepdim=True)
-    token_ids, order = token_ids.sort(dim=-1)
-    best = best.gather(-1, order)
-    ties = best == threshold
-    dropped = (best < threshold) | (ties & (ties.cumsum(dim=-1) > needed))
-    return best.masked_fill(dropped, -math.inf), token_ids, is_enough
+    limit = _limit(best, total, parameters, vocab_size)
+    if limit is None:
+        return None
+    best = best[: np.count_nonzero(best >= limit[0])]
+    order = token_ids[: len(best)].argsort()
+    return _without_surplus(best[order], token_ids[order], *limit)
+
+
+def _kept_of_all(
+    scores: torch.Tensor, total: float, parameters: SamplingParameters
+) -> tuple[_Scores, _TokenIds]:
+    """As `_kept_of_best`, looked for among all tokens of a row: scores [vocab_size]."""
+    row = scores.cpu().numpy()
+    limit = _limit(np.sort(row)[::-1], total, parameters, len(row))  # several times as fast as torch's sort
+    assert limit is not None, "there are no more tokens"
+    token_ids = np.flatnonzero(row >= limit[0])
+    return _without_surplus(row[token_ids], token_ids, *limit)
+
+
+def _limit(
+    best: _Scores, total: float, parameters: SamplingParameters, vocab_size: int
+) -> tuple[float, int] | None:
+    """The lowest score that top-k and top-p keep, and how many tokens they keep; arguments as `_kept_of_best`'s."""
+    least, is_all = best[-1], len(best) == vocab_size
+    if 0 < parameters.top_k < vocab_size:
+        kth_best = best[min(parameters.top_k, len(best)) - 1]
+        if kth_best == least and not is_all:
+            return None
+        # As in transformers, tokens that tie with the k-th best stay.
+        best = best[: np.count_nonzero(best >= kth_best)]
+        total = best[0] + math.log(np.exp(best - best[0], dtype=np.float64).sum())
+    kept = int(np.count_nonzero(best > -math.inf))
+    if parameters.top_p < 1.0:
+        # Each token stays before which the more probable ones do not make up top_p yet.
+        cumulated = np.exp(best[: kept - 1] - total, dtype=np.float64).cumsum()
+        kept = 1 + int(cumulated.searchsorted(parameters.top_p))
+    threshold = best[kept - 1]
+    return (threshold, kept) if is_all or threshold > least else None
+
+
+def _without_surplus(
+    scores: _Scores, token_ids: _TokenIds, threshold: float, kept: int
+) -> tuple[_Scores, _TokenIds]:
+    """Of tokens that tie at the threshold, as many as are needed: the first ones.
+
+    In transformers it is left to the sort which.
+    """
+    surplus = len(scores) - kept
+    if surplus == 0:
+        return scores, token_ids
+    dropped = np.flatnonzero(scores == threshold)[-surplus:]
+    return np.delete(scores, dropped), np.delete(token_ids, dropped)
 
 
 def _penalize_repetition(logits: torch.Tensor, samplers: Sequence[TokenSampler]) -> torch.Tensor:

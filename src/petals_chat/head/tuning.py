@@ -14,6 +14,8 @@ from petals_chat.settings import HeadWeights
 _TRIALS = 5
 _WORTH_A_COPY = 0.8
 """A float32 copy of a head takes twice its memory, and shares none: it has to be faster than this share."""
+_WORTH_THREADS = 0.8
+"""More threads keep others from computing: they have to be faster than this share."""
 
 
 def with_fastest_head(modules: ClientModules, weights: HeadWeights) -> ClientModules:
@@ -37,17 +39,23 @@ def use_threads_that_pay(modules: ClientModules) -> None:
         return
     with_all = row_seconds(modules)
     torch.set_num_threads(1)
-    if row_seconds(modules) > max(with_all, INLINE_SECONDS):
+    with_one = row_seconds(modules)
+    if with_one > INLINE_SECONDS and with_all < _WORTH_THREADS * with_one:
         torch.set_num_threads(threads)
 
 
 def row_seconds(modules: ClientModules) -> float:
-    """How long the head takes for one row: the shortest of some trials."""
+    """How long the head takes for one row: the shortest of some trials.
+
+    On a CPU it is the calling thread's own time that counts: when a worker starts, other processes start beside it,
+    and what they take would make several threads seem slower than one.
+    """
+    clock = time.thread_time if modules.head.device.type == "cpu" else time.perf_counter
     row = torch.zeros(1, modules.head.shape[1], dtype=modules.dtype, device=modules.head.device)
     seconds = []
     for _ in range(_TRIALS):
-        began = time.perf_counter()
+        began = clock()
         with torch.inference_mode():
             modules.logits(row).argmax().item()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(clock() - began)
     return min(seconds)
