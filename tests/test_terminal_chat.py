@@ -10,6 +10,7 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 from starlette.applications import Starlette
@@ -20,7 +21,16 @@ from starlette.routing import Route
 from petals_chat.engine.interface import ModelState, ModelStatus
 from petals_chat.errors import AttentionCacheFullError, MissingBlocksError
 from petals_chat.gateway.app import create_app
-from petals_chat.settings import ChatSettings, LimitSettings, ModelSettings, ServerSettings, Settings
+from petals_chat.gateway.clients import hash_of
+from petals_chat.settings import (
+    ApiKeySettings,
+    ApiSettings,
+    ChatSettings,
+    LimitSettings,
+    ModelSettings,
+    ServerSettings,
+    Settings,
+)
 from petals_chat.terminal_chat import (
     INTRODUCTION,
     ChatFormat,
@@ -55,10 +65,12 @@ IN_A_TERMINAL = (
 
 @asynccontextmanager
 async def gateway(
-    *, root_path: str = "", limits: LimitSettings | None = None
+    *, root_path: str = "", limits: LimitSettings | None = None, api: ApiSettings | None = None
 ) -> AsyncIterator[tuple[str, FakeEngine]]:
     server = ServerSettings(root_path=root_path)
-    settings = Settings(server=server, limits=limits or LimitSettings(), models=MODELS)
+    settings = Settings(
+        server=server, limits=limits or LimitSettings(), api=api or ApiSettings(), models=MODELS
+    )
     engine = FakeEngine(*(model.key for model in MODELS))
     async with running_server(create_app(settings, engine), settings) as address:
         yield f"http://{address}{root_path}", engine
@@ -224,6 +236,21 @@ async def test_an_error_of_the_server_is_told_in_its_own_sentence(server: tuple[
     code, output, errors = await pipe("Hi", url)
     assert (code, output) == (1, "")
     assert errors == f"petals-chat: {engine.generate_error}\n"
+
+
+async def test_a_server_that_asks_for_a_key_is_given_it(tmp_path: Path) -> None:
+    key, file = "sk-terminal", tmp_path / "key"
+    file.write_text(f"{key}\n")
+    api = ApiSettings(keys=(ApiKeySettings(name="terminal", hash=hash_of(key)),))
+    async with gateway(api=api) as (url, engine):
+        engine.tokens = ["Yes."]
+        for option in (f"--api-key={key}", f"--api-key=@{file}"):
+            assert await pipe("Hi", url, option) == (0, "Yes.\n", "")
+        code, output, errors = await pipe("Hi", url)
+        assert (code, output) == (1, "")
+        assert "asks for an API key" in errors
+        code, _, errors = await pipe("Hi", url, f"--api-key=@{tmp_path / 'none'}")
+        assert (code, "cannot be read" in errors) == (2, True)
 
 
 async def test_a_server_that_is_not_there_is_told_in_a_sentence() -> None:

@@ -13,11 +13,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from http import HTTPStatus
 from typing import Self
 from urllib.parse import urlsplit
 
 import msgspec
-from websockets.exceptions import ConnectionClosed, WebSocketException
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.protocol import State
 from websockets.sync.client import ClientConnection, connect
 
@@ -139,12 +140,14 @@ class Server:
 
     Args:
         url: of its page, as in a browser; without a scheme, http.
+        api_key: for servers that ask for one.
 
     Raises:
         ChatError: that is no such URL.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        self.headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self.url = (url if "://" in url else f"http://{url}").rstrip("/") + "/"
         if urlsplit(self.url).scheme not in ("http", "https"):
             raise ChatError(f"{url} is not the address of a page, like http://localhost:5000")
@@ -222,6 +225,11 @@ class Chat:
         self._exchanges.append(exchange)
         try:
             yield from self._answer(exchange)
+        except InvalidStatus as error:
+            if error.response.status_code != HTTPStatus.UNAUTHORIZED:
+                raise ChatError(f"{self._server.url} refuses the connection: {_reason(error)}") from None
+            asks = "does not know this API key" if self._server.headers else "asks for an API key: --api-key"
+            raise ChatError(f"{self._server.url} {asks}") from None
         except (WebSocketException, msgspec.MsgspecError, OSError) as error:
             self._disconnect()
             raise ChatError(f"the connection to {self._server.url} was lost: {_reason(error)}") from None
@@ -277,6 +285,7 @@ class Chat:
             connect(
                 self._server.websocket_url,
                 compression=None,
+                additional_headers=self._server.headers,
                 open_timeout=_CONNECT_SECONDS,
                 close_timeout=_CLOSE_SECONDS,
             )

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
 
 from petals_chat.settings import Settings
 from petals_chat.terminal_chat import Chat, ChatError, ChatModel, Server, printable
@@ -39,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", metavar="KEY", help="which of its models (default: the server's own)")
     parser.add_argument(
+        "--api-key",
+        type=_api_key,
+        metavar="KEY",
+        help="for a server that asks for one; @FILE reads it from a file, which other users of the machine cannot see",
+    )
+    parser.add_argument(
         "--max-new-tokens",
         type=_positive,
         metavar="N",
@@ -58,7 +65,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     if arguments.temperature is not None:
         overrides = {"do_sample": True, "temperature": arguments.temperature}
     try:
-        server = Server(arguments.url)
+        server = Server(arguments.url, arguments.api_key)
         models = server.models()
         model = _choose(models, arguments.model)
         with Chat(server, model, overrides, arguments.max_new_tokens) as chat:
@@ -146,6 +153,17 @@ def _print_answer(chat: Chat, question: str) -> None:
         for piece in pieces:
             print(piece, end="", flush=True)
     print()
+
+
+def _api_key(text: str) -> str:
+    if text.startswith("@"):
+        try:
+            text = Path(text[1:]).read_text().strip()
+        except (OSError, UnicodeError) as error:
+            raise argparse.ArgumentTypeError(f"{text[1:]} cannot be read: {error}") from None
+    if not text.isascii() or not text.isprintable() or not text:
+        raise argparse.ArgumentTypeError("a key consists of printable ASCII characters, like sk-...")
+    return text
 
 
 def _positive(text: str) -> int:
