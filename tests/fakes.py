@@ -82,6 +82,8 @@ class FakeEngine:
         self.open_error: PetalsChatError | None = None
         self.generate_error: Exception | None = None
         """Raised before the next token."""
+        self.queue_place: int | None = None
+        """Told by generations before their first token."""
         self.sessions: dict[str, FakeSession] = {}
         self.requests: list[GenerationRequest] = []
         self.opened: list[tuple[str, int]] = []
@@ -160,6 +162,8 @@ class FakeSession:
             try:
                 self._prompt_tokens = _count_words(request.inputs)
                 self._length += self._prompt_tokens
+                if self._engine.queue_place is not None:
+                    yield Chunk("", 0, queue_place=self._engine.queue_place)
                 async for chunk in self._chunks(request):
                     yield chunk
             finally:
@@ -187,7 +191,7 @@ class FakeSession:
                 yield Chunk(chunk.text, chunk.token_count, reason, self._prompt_tokens)
                 return
             if request.chunk_tokens is not None and chunk.token_count == request.chunk_tokens:
-                yield chunk
+                yield Chunk(chunk.text, chunk.token_count, None, self._prompt_tokens)
                 chunk = Chunk("", 0)
 
     def _end_before_a_token(self, request: GenerationRequest, count: int) -> FinishReason | None:

@@ -42,6 +42,8 @@ export interface Message {
   error: string | null;
   /** While it is being answered: attach with it. */
   generation: string | null;
+  /** While it is being answered: how many of the generation's tokens `content` has. */
+  position?: number | null;
   /** Why it ended, unless it broke off. */
   finish_reason?: FinishReason | null;
   tokens: number | null;
@@ -97,6 +99,8 @@ export interface Frame {
   code?: string;
   generation?: string;
   queue_place?: number;
+  /** What the answer waits for: the code of an error that passes. */
+  waiting_for?: string;
   outputs?: string;
   token_count?: number;
   /** Tokens of this generation, up to the end of this frame. */
@@ -131,6 +135,9 @@ export interface ModelReport {
   status: "ready" | "loading" | "broken" | "full" | "unavailable";
   num_blocks: number;
   missing_blocks: number[];
+  /** How many machines hold the rarest block, and which blocks so few hold. */
+  rarest_block_servers: number;
+  rarest_blocks: number[];
   join_command: string | null;
   age_seconds: number | null;
   server_rows: ServerRow[];

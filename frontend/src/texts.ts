@@ -187,6 +187,7 @@ export const texts = {
     states: { ready: "Ready", healthy: "Ready", loading: "Loading", broken: "Incomplete", full: "Full", unavailable: "Not running" },
     summary: (servers: number, blocks: number) => `${plural(servers, "1 machine", "# machines")}, ${plural(blocks, "1 block", "# blocks")}`,
     missing: (blocks: string) => `Nobody runs ${blocks}.`,
+    noSpare: (blocks: string) => `Only one machine runs ${blocks}: without it, the model cannot answer.`,
     blocks: (ranges: string, count: number) => `${count === 1 ? "block" : "blocks"} ${ranges}`,
     map: (name: string, servers: number, missing: number) =>
       `Map of the blocks of ${name}: ${plural(servers, "1 machine", "# machines")}, ${missing === 0 ? "every block is held" : plural(missing, "1 block is missing", "# blocks are missing")}.`,

@@ -121,14 +121,15 @@ test("a request whose fate is unknown is attached to if it runs", async () => {
   expect(heard.text).toBe(PIECES.join(""));
 });
 
-test("a model that is loading is asked again until it answers", async () => {
+test("an answer waits for a model that is being loaded", async () => {
   const server = new FakeServer(PIECES);
-  server.refusals.push("model_loading", "model_loading");
+  server.isLoading = true;
   const { heard } = follow(server);
   await pass(7);
+  server.isLoading = false;
   server.makeAll();
   await pass();
-  expect(heard).toMatchObject({ waits: ["model_loading", "model_loading"], ends: ["stop"] });
+  expect(heard).toMatchObject({ waits: ["model_loading"], ends: ["stop"] });
 });
 
 test("other errors end the answer", async () => {
@@ -175,11 +176,11 @@ test("stopping without a connection tells the server when it can be reached", as
   expect(heard.ends).toEqual(["stopped"]);
 });
 
-test("stopping while the model loads asks for nothing more", async () => {
+test("stopping between two attempts asks for nothing more", async () => {
   const server = new FakeServer(PIECES);
-  server.refusals.push("model_loading");
+  server.refusals.push("session_expired");
   const { answer, heard } = follow(server);
-  await pass(1);
+  await pass(0.2);
   answer.stop();
   await pass(30);
   expect(heard.ends).toEqual(["stopped"]);

@@ -5,7 +5,7 @@ import { BrowserHistory } from "../src/history/browser";
 import type { History } from "../src/history/history";
 import { MemoryShelf } from "../src/history/shelf";
 import { RequestError } from "../src/http";
-import { Conversation, overlap, titleOf } from "../src/state/conversation";
+import { Conversation, titleOf } from "../src/state/conversation";
 import type { Surroundings } from "../src/state/conversation";
 import { FakeServer } from "./server";
 
@@ -196,17 +196,20 @@ test.each([0, 1, 2, 3, 4])("a page that is opened again after %d tokens has each
   const answer = conversation.branch.value[1]!;
   conversation.leave();
   server.made = 3;
-  // What the server had written of it when it was asked, which may be older than what it has made.
+  // What the server told of it when it was asked, which is older than what it has made.
+  const position = Math.min(known, 3);
   await history.keep(conversation.chat.value.id, {
     ...answer,
     generation: "generation-1",
-    content: PIECES.slice(0, Math.min(known, 3)).join(""),
+    content: PIECES.slice(0, position).join(""),
+    position,
+    tokens: position,
   });
   const again = Conversation.resume(await history.read(conversation.chat.value.id), around);
   await pass();
   server.makeAll();
   await pass();
-  expect(again.branch.value[1]?.content).toBe(PIECES.join(""));
+  expect(again.branch.value[1]).toMatchObject({ content: PIECES.join(""), tokens: PIECES.length });
 });
 
 test("a continued answer that is opened again keeps its beginning", async () => {
@@ -215,12 +218,13 @@ test("a continued answer that is opened again keeps its beginning", async () => 
   const answer = conversation.branch.value[1]!;
   conversation.leave();
   server.made = 2;
-  await history.keep(conversation.chat.value.id, { ...answer, generation: "generation-1", content: "Zero. One" });
+  await history.keep(conversation.chat.value.id, { ...answer, generation: "generation-1", content: "One. One", position: 1, tokens: 3, seconds: 9 });
   const again = Conversation.resume(await history.read(conversation.chat.value.id), around);
   await pass();
   server.makeAll();
   await pass();
-  expect(again.branch.value[1]?.content).toBe("Zero. One two three four");
+  expect(again.branch.value[1]).toMatchObject({ content: "One. One two three four", tokens: 6 });
+  expect(again.branch.value[1]?.seconds).toBeGreaterThan(9);
 });
 
 test("an answer that the server has forgotten is read from its history", async () => {
@@ -264,13 +268,12 @@ test("a lost connection in mid-answer is made anew, and the answer goes on", asy
   expect(conversation.branch.value[1]).toMatchObject({ content: PIECES.join(""), state: "complete" });
 });
 
-test("a model that loads after it has begun is waited for, and asked again", async () => {
+test("an answer waits for a model that is being loaded", async () => {
   const server = new FakeServer(PIECES);
-  server.failure = "model_loading";
+  server.isLoading = true;
   const { conversation } = await asked("Hi", server);
   expect(conversation.live.value).toMatchObject({ waitingFor: "model_loading", content: "" });
-  server.failure = null;
-  await pass(3.1);
+  server.isLoading = false;
   server.makeAll();
   await pass();
   expect(conversation.tree.value.messages).toHaveLength(2);
@@ -279,12 +282,12 @@ test("a model that loads after it has begun is waited for, and asked again", asy
 
 test("what waits for a model can be stopped", async () => {
   const server = new FakeServer(PIECES);
-  server.failure = "model_loading";
+  server.isLoading = true;
   const { conversation } = await asked("Hi", server);
   conversation.stop();
-  await pass(10);
+  await pass(1);
   expect(conversation.branch.value[1]).toMatchObject({ content: "", state: "stopped" });
-  expect(server.received).toHaveLength(1);
+  expect(server.isStopped).toBe(true);
 });
 
 test("making room leaves out the older half of the questions", async () => {
@@ -308,11 +311,33 @@ test("making room leaves out the older half of the questions", async () => {
   expect(told.filter(({ role }) => role === "user").map(({ content }) => content)).toEqual(["Three", "Four"]);
 });
 
-test("the end of what is known is found in what comes", () => {
-  expect(overlap("Zero. One", "One two")).toBe(3);
-  expect(overlap("", "One")).toBe(0);
-  expect(overlap("One two", "One two three")).toBe(7);
-  expect(overlap("abc", "xyz")).toBe(0);
+test("a continued answer counts with what it had", async () => {
+  const { server, conversation } = await asked();
+  server.makeAll();
+  await pass();
+  const first = conversation.branch.value[1]!;
+  server.made = 0;
+  conversation.continue(first.id);
+  await pass();
+  server.makeAll();
+  await pass();
+  const whole = conversation.branch.value[1]!;
+  expect(whole).toMatchObject({ tokens: 2 * PIECES.length, first_token_seconds: first.first_token_seconds });
+  expect(whole.seconds).toBeGreaterThan(first.seconds!);
+});
+
+test("an answer that failed before the connection was lost is not asked for again", async () => {
+  const history = new HistoryOnServer(new MemoryShelf());
+  const server = new FakeServer(PIECES);
+  server.cuts.push(0);
+  const conversation = Conversation.begin("m", {}, surroundings(server, history));
+  await conversation.send("Hi");
+  await pass();
+  const answer = conversation.branch.value[1]!;
+  await history.keep(conversation.chat.value.id, { ...answer, state: "failed", error: "missing_blocks" });
+  await pass(5);
+  expect(conversation.branch.value[1]).toMatchObject({ state: "failed", error: "missing_blocks" });
+  expect(server.received).toHaveLength(1);
 });
 
 test("a title is the beginning of the first line, in whole words", () => {

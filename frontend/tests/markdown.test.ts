@@ -39,6 +39,20 @@ test("only the end of a long text is read again", () => {
   expect(after.slice(0, -2).every((block, index) => block === before[index])).toBe(true);
 });
 
+test.each(["\r\n", "\r"])("lines may end as they like: %j", (end) => {
+  const growing = new GrowingMarkdown();
+  const document = Array.from({ length: 9 }, (_, index) => `Paragraph ${index},${end}second line.`).join(end + end);
+  for (let length = 1; length < document.length; length++) growing.read(document.slice(0, length), true);
+  expect(growing.read(document, false)).toEqual(new GrowingMarkdown().read(document.replaceAll(end, "\n"), false));
+});
+
+test("a long block that grows is shown as it is written, until its end", () => {
+  const growing = new GrowingMarkdown();
+  const list = "- an **item**\n".repeat(1000);
+  expect(growing.read(`${list}- an **open`, true)).toMatchObject([{ isRaw: true, source: `${list}- an **open` }]);
+  expect(growing.read(`${list}- an **open** one`, false)).toMatchObject([{ isRaw: false }]);
+});
+
 test("what is open in the growing block is closed", () => {
   const [block] = new GrowingMarkdown().read("Some **bold", true);
   expect(block?.source).toBe("Some **bold**");

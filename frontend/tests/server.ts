@@ -18,6 +18,8 @@ export class FakeServer {
   readonly refusals: string[] = [];
   /** With what answers fail that have begun. */
   failure: string | null = null;
+  /** Its model is being loaded: answers wait for it. */
+  isLoading = false;
   /** Connections break after so many frames, in turn; then none breaks. */
   readonly cuts: number[] = [];
   /** Whether it can be reached at all. */
@@ -106,7 +108,7 @@ class FakeSocket implements Socket {
   /** Send what is new; all that is behind comes as one piece, as the real server does. */
   pump(): void {
     const server = this.#server;
-    if (this.#position === null || this.#hasEnded || !this.#isOpen) return;
+    if (this.#position === null || this.#hasEnded || !this.#isOpen || (server.isLoading && !server.isStopped)) return;
     let position = 0;
     let text = "";
     for (const piece of server.pieces.slice(0, server.made)) {
@@ -138,6 +140,7 @@ class FakeSocket implements Socket {
       this.#put({ ok: false, code: this.#server.failure });
       return this.lose();
     }
+    if (this.#server.isLoading) this.#put({ ok: true, waiting_for: "model_loading" });
     this.pump();
   }
 

@@ -150,6 +150,13 @@ class MaximumLengthExceededError(RequestError):
     def __init__(self, explanation: str, *, limit: int) -> None:
         super().__init__(f"Maximum length exceeded: {explanation}", limit=limit)
 
+    @property
+    def limit(self) -> int:
+        """How many tokens there may be."""
+        limit = self.data["limit"]
+        assert isinstance(limit, int)
+        return limit
+
 
 class SessionExpiredError(RequestError):
     """The session is unknown, was closed, or ended by itself after idling."""

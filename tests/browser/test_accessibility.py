@@ -10,7 +10,7 @@ import pytest
 from playwright.async_api import Browser, Page, expect
 
 from petals_chat.errors import MissingBlocksError
-from tests.browser.chat_page import ChatPage, let_pass, open_chat
+from tests.browser.chat_page import ChatPage, let_pass, open_chat, open_tab, open_window
 from tests.browser.conftest import Gateway
 from tests.fakes import FakeEngine
 
@@ -58,6 +58,15 @@ async def test_no_state_of_the_page_violates_a_rule_of_accessibility(
         await expect(chat.page.get_by_role("group", name="Version 2 of 2")).to_be_visible()
         await expect(chat.send).to_be_visible()
         await check(chat.page, "answered")
+        engine.may_generate.clear()
+        engine.queue_place = 2
+        await chat.ask("Room?")
+        await expect(chat.outcomes).to_contain_text("no room for more chats")
+        await check(chat.page, "queue")
+        engine.queue_place = None
+        await chat.stop.click()
+        await expect(chat.outcomes).to_have_text("You stopped this answer.")
+        engine.may_generate.set()
         engine.generate_error = MissingBlocksError([3])
         await chat.ask("And?")
         await expect(chat.try_again).to_be_visible()
@@ -76,6 +85,47 @@ async def test_no_state_of_the_page_violates_a_rule_of_accessibility(
         await chat.page.get_by_role("link", name="Swarm", exact=True).click()
         await expect(chat.page.get_by_role("table").first).to_be_visible()
         await check(chat.page, "swarm")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("window", [{}, PHONE], ids=["desktop", "phone"])
+async def test_no_sheet_of_a_chat_violates_a_rule_of_accessibility(
+    browser: Browser, gateway: Gateway, scheme: str, window: dict[str, Any]
+) -> None:
+    gateway.engine.tokens = [RICH]
+    async with open_chat(browser, gateway.page_url, color_scheme=scheme, **window) as chat:
+        await chat.ask("Question?")
+        await expect(chat.answers.locator("math")).to_be_visible()
+        await expect(chat.send).to_be_visible()
+        if window:
+            await chat.page.get_by_role("button", name="Show chats").click()
+        for action in ("Rename", "Delete", "Share by link"):
+            await chat.act_on_chat("Question?", action)
+            await expect(chat.sheet).to_be_visible()
+            await check(chat.page, action)
+            if action != "Share by link":
+                await chat.page.keyboard.press("Escape")
+                await expect(chat.sheet).to_be_hidden()
+        await chat.sheet.get_by_role("button", name="Make a link").click()
+        link = await chat.sheet.get_by_label("Link").input_value()
+        await check(chat.page, "shared")
+        async with open_chat(browser, link, color_scheme=scheme, **window) as reader:
+            await expect(reader.answers.locator("math")).to_be_visible()
+            await check(reader.page, "shared chat")
+
+
+async def test_a_list_that_cannot_be_loaded_violates_no_rule_of_accessibility(
+    browser: Browser, gateway: Gateway
+) -> None:
+    async with open_window(browser) as window:
+        await window.route("**/api/chats?*", lambda route: route.fulfill(status=503))
+        async with open_tab(window, gateway.page_url) as chat:
+            with chat.expected_complaints("503"):
+                failed = chat.page.get_by_text("The list of chats could not be loaded. Trying again…")
+                await expect(failed).to_be_visible()
+                await check(chat.page, "failed list")
+                await window.unroute("**/api/chats?*")
+                await expect(failed).to_be_hidden()
 
 
 async def test_everything_can_be_done_with_the_keyboard(chat: ChatPage, engine: FakeEngine) -> None:

@@ -179,6 +179,68 @@ async def test_a_chat_is_exported_and_imported(
         await chat.expect_answer("Bold answer.")
 
 
+WATCH_CHANGES = """
+window.elsewhere = 0;
+window.mostBlocks = 0;
+new MutationObserver((changes) => {
+  const growing = [...document.querySelectorAll(".answer")].at(-1);
+  const blocks = new Set();
+  for (const { target } of changes) {
+    if (!growing.contains(target)) window.elsewhere++;
+    const element = target instanceof Element ? target : target.parentElement;
+    const block = element?.closest(".block, .code");
+    if (block) blocks.add(block);
+  }
+  window.mostBlocks = Math.max(window.mostBlocks, blocks.size);
+}).observe(document.querySelector(".messages"), {
+  childList: true, subtree: true, characterData: true, attributes: true,
+});
+"""
+LAID_OUT = """
+[...document.querySelectorAll(".messages article > .prose, .messages article > .bubble")]
+  .filter((element) => element.checkVisibility({ contentVisibilityAuto: true })).length
+"""
+
+
+async def test_in_a_chat_of_500_messages_a_token_changes_the_end_of_its_answer_only(
+    chat: ChatPage, engine: FakeEngine, tmp_path: Path
+) -> None:
+    texts = ["Question{}?", "Answer{}.\n\n- list"]
+    messages = [
+        {
+            "id": str(number),
+            "parent": str(number - 1) if number else None,
+            "role": ["user", "assistant"][number % 2],
+            "content": texts[number % 2].format(number),
+        }
+        for number in range(500)
+    ]
+    exported = {"title": "Long", "model": "swarm/beluga", "current": "499", "messages": messages}
+    file = tmp_path / "long.json"
+    file.write_text(json.dumps({"format": "petals-chat", "version": 1, "chats": [exported]}))
+    async with chat.page.expect_file_chooser() as chooser:
+        await chat.page.get_by_role("button", name="More", exact=True).click()
+        await chat.page.get_by_role("menuitem", name="Import chats").click()
+    await (await chooser.value).set_files(file)
+    await expect(chat.page.locator(".messages article")).to_have_count(500)
+    await expect(chat.answers.last).to_contain_text("Answer499.")
+    assert 12 <= await chat.page.evaluate(LAID_OUT) < 40
+
+    engine.tokens = [f" word{number}" + "\n\n" * (number % 3 == 2) for number in range(200)]
+    engine.may_generate.clear()
+    await chat.ask("And?")
+    await let_pass(engine, 1)
+    await expect(chat.answers.last).to_contain_text("word0")
+    await chat.page.evaluate(WATCH_CHANGES)
+    for _ in range(30):
+        await let_pass(engine, 1)
+        await expect(chat.answers.last).to_contain_text(f"word{engine.tokens_pulled - 1}")
+    assert await chat.page.evaluate("[window.elsewhere, window.mostBlocks <= 4]") == [0, True]
+    engine.may_generate.set()
+    await expect(chat.answers.last.locator(".block")).to_have_count(67)
+    await expect(chat.send).to_be_visible()
+
+
 async def test_a_shared_chat_can_be_read_by_others_until_it_is_taken_back(
     browser: Browser, gateway: Gateway
 ) -> None:

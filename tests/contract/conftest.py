@@ -24,6 +24,8 @@ RANDOM_SESSION_TOKENS = 128
 RANDOM_HOST_CACHE_TOKENS = 512
 IDLE_TIMEOUT_SECONDS = 20
 """Longer than a session of these tests is left alone, unless that is the test."""
+CACHE_IDLE_TIMEOUT_SECONDS = 10
+"""Several servers use one host, and wait for what the others leave in its caches."""
 
 CONFIGURATION = f"""
 [server]
@@ -36,6 +38,7 @@ session_idle_timeout_seconds = {IDLE_TIMEOUT_SECONDS}
 
 [swarm]
 prefill_chunk_tokens = {PREFILL_CHUNK_TOKENS}
+cache_idle_timeout_seconds = {CACHE_IDLE_TIMEOUT_SECONDS}
 max_retries = 2
 
 [engine]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,17 +38,17 @@ TEMPLATES = {
 
 @contextmanager
 def running_openai_server(
-    checkpoint: Path, host: HostReady, directory: Path, *, ends: Sequence[int] = (0,), more: str = ""
+    checkpoint: Path, host: HostReady, directory: Path, *, more: str = ""
 ) -> Iterator[Server]:
     """The server, with one model for each of the `TEMPLATES`.
 
     Args:
         checkpoint: with the byte-level tokenizer.
-        ends: token ids that end a text. With those that the random checkpoint has, it could not write JSON.
         more: TOML in front of the models.
     """
     checkpoint = shutil.copytree(checkpoint, directory / "checkpoint")
-    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": list(ends)}))
+    # With the ends that the random checkpoint has, it could not write JSON.
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": [0]}))
     entries = [
         f"[models.{name}]\n"
         f"repository = {json.dumps(str(checkpoint))}\n"

@@ -76,7 +76,8 @@ def running_server(config: Path | None, *arguments: str) -> Iterator[Server]:
         family = [process]
         try:
             yield Server(_wait_for_address(popen, output), process)
-            family += process.children(recursive=True)
+            with contextlib.suppress(psutil.NoSuchProcess):  # a test may have ended it
+                family += process.children(recursive=True)
             popen.send_signal(signal.SIGINT)
             popen.wait(STOP_TIMEOUT_SECONDS)
             assert (left := _survivors(family)) == [], left

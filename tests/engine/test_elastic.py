@@ -15,8 +15,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from petals_chat.engine.supervisor import ProcessEngine
-from petals_chat.errors import AttentionCacheFullError, MaximumLengthExceededError
-from petals_chat.protocol.messages import GenerationRequest, StatusReported
+from petals_chat.errors import AttentionCacheFullError, MaximumLengthExceededError, WorkerLostError
+from petals_chat.protocol.messages import FinishReason, GenerationRequest, StatusReported
 from petals_chat.settings import (
     ChatSettings,
     Dtype,
@@ -264,6 +264,59 @@ async def test_reuse_can_be_switched_off(serve: Serve) -> None:
             await session.close()
             assert chunks[-1].cached_tokens == 0
         assert (await report_of(engine)).resident_sessions == 0
+
+
+async def test_a_gateway_waits_for_the_room_of_another_and_gets_that_of_one_that_was_killed(
+    serve: Serve, reference: Reference
+) -> None:
+    children = set(psutil.Process().children())
+    async with serve() as first:
+        (worker,) = [child for child in set(psutil.Process().children()) - children if is_worker(child)]
+        async with serve() as second:
+            holder = await first.open_session("model", CACHE_TOKENS)
+            stream = holder.generate(GenerationRequest(prompt_of(0), chunk_tokens=1))
+            await anext(stream)  # it has all the room, in the middle of a generation
+            other = await second.open_session("model", CACHE_TOKENS)
+            waiting = other.generate(GenerationRequest(prompt_of(1) * 3, max_new_tokens=4))
+            assert (await anext(waiting)).queue_place == 1
+            worker.kill()
+            text = text_of([chunk async for chunk in waiting])
+            with pytest.raises(WorkerLostError):
+                async for _ in stream:
+                    pass
+    assert printable(text) == printable(reference.continue_greedily(prompt_of(1) * 3, 4))
+
+
+async def test_what_hosts_allow_for_one_session_limits_those_of_a_gateway(
+    model: Path, reference: Reference, tmp_path: Path
+) -> None:
+    """The gateway would allow more than its hosts do."""
+    with running_host(model, f"--cache-tokens={CACHE_TOKENS}", "--max-session-length=100") as host:
+        settings = ModelSettings(
+            key="model",
+            repository=str(model),
+            name="model",
+            initial_peers=host.peers,
+            dht_prefix=host.dht_prefix,
+        )
+        engine_settings = EngineSettings(dtype=Dtype.FLOAT32, threads=1, data_dir=tmp_path)
+        async with (
+            asyncio.timeout(TIMEOUT_SECONDS),
+            ProcessEngine(Settings(models=(settings,), engine=engine_settings)) as engine,
+        ):
+            await engine.wait_until_settled()
+            session = await engine.open_session("model", 400)
+            chunks = await collect(session, GenerationRequest(prompt_of(0)))
+            prompt_tokens = len(reference.tokenizer(prompt_of(0))["input_ids"])
+            assert chunks[-1].finish_reason is FinishReason.CONTEXT_FULL
+            new_tokens = sum(chunk.token_count for chunk in chunks)
+            assert prompt_tokens + new_tokens == 101  # the last one has not been to the hosts
+            assert printable(text_of(chunks)) == printable(
+                reference.continue_greedily(prompt_of(0), new_tokens)
+            )
+            with pytest.raises(MaximumLengthExceededError, match="allow 100 tokens"):
+                await collect(session, GenerationRequest(None, max_new_tokens=1))
+            await session.close()
 
 
 async def test_workers_make_room_for_each_other(serve: Serve) -> None:

@@ -25,8 +25,9 @@ class Places:
 class Tenant:
     """Takes a place, holds it, and gives it back when asked."""
 
-    def __init__(self, name: str, places: Places, owner: str | None = None) -> None:
+    def __init__(self, name: str, places: Places, owner: str | None = None, *, needs: int = 1) -> None:
         self.name = name
+        self.needs = needs
         self.owner = owner or name
         self.places_told: list[int] = []
         self.cancelled = False
@@ -47,7 +48,7 @@ class Tenant:
 
     async def leave(self) -> None:
         self._places.queue.leave(self)
-        self._places.free += 1
+        self._places.free += self.needs
         self._places.queue.freed()
 
     async def evict(self) -> None:
@@ -56,9 +57,9 @@ class Tenant:
 
     async def _attempt(self, is_scarce: bool) -> bool:
         await asyncio.sleep(0)
-        if self._places.free == 0:
+        if self._places.free < self.needs:
             raise AttentionCacheFullError
-        self._places.free -= 1
+        self._places.free -= self.needs
         return True
 
 
@@ -182,13 +183,52 @@ async def test_one_owner_cannot_fill_the_queue(places: Places, queue: RoomQueue)
     await asyncio.wait(entering)
 
 
-async def test_what_never_fits_does_not_hold_up_the_others(
+async def test_who_waits_for_others_than_these_does_not_hold_up_the_queue(
     places: Places, queue: RoomQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rooms, "ALONE_SECONDS", 0.1)
+    """Another gateway has most places, and gives them back at last."""
+    monkeypatch.setattr(rooms, "PATIENCE_SECONDS", 0.1)
+    places.free = 1
+    large, small = Tenant("large", places, needs=2), Tenant("small", places)
+    entering = [asyncio.create_task(large.enter())]
+    await waiting_for(queue, 1)
+    entering.append(asyncio.create_task(small.enter()))
+    await entering[1]
+    assert large.places_told == [1, 2, 1]
+    assert small.places_told == [2, 1]
+    places.free += 2
+    await asyncio.gather(*entering)
+    assert places.log == ["small", "large"]
+
+
+async def test_those_who_all_wait_for_others_take_turns_until_one_is_cancelled(
+    places: Places, queue: RoomQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rooms, "PATIENCE_SECONDS", 0.05)
     places.free = 0
-    with pytest.raises(AttentionCacheFullError, match="even without any others"):
-        await Tenant("a", places).enter()
+    tenants = [Tenant("x1", places, "x"), Tenant("x2", places, "x"), Tenant("y1", places, "y")]
+    entering = []
+    for count, tenant in enumerate(tenants, 1):
+        entering.append(asyncio.create_task(tenant.enter()))
+        await waiting_for(queue, count)
+    async with asyncio.timeout(5):
+        while any(tenant.places_told.count(1) < 2 for tenant in tenants):
+            await asyncio.sleep(0.01)
+    for tenant in tenants:
+        tenant.cancel()
+    await asyncio.gather(*entering)
+    assert places.log == []
+
+
+async def test_who_waits_for_others_in_vain_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rooms, "PATIENCE_SECONDS", 0.02)
+    queue = RoomQueue(max_waiting=4, timeout=0.2, idle_timeout=60)
+    places = Places(0, queue)
+    tenants = [Tenant(name, places) for name in "ab"]
+    for result in await asyncio.gather(*(tenant.enter() for tenant in tenants), return_exceptions=True):
+        assert isinstance(result, AttentionCacheFullError)
+        assert "within 0.2 s" in result.message
+    assert queue.waiting == 0
 
 
 async def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:

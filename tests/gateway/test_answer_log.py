@@ -6,7 +6,7 @@ import pytest
 
 from petals_chat.engine.interface import Chunk
 from petals_chat.errors import InvalidParameterError, SwarmUnreachableError
-from petals_chat.gateway.answer_log import AnswerLog, End, Failed, Piece
+from petals_chat.gateway.answer_log import AnswerLog, End, Failed, Piece, QueuePlace
 from petals_chat.history.interface import AnswerState
 from petals_chat.protocol.messages import FinishReason
 
@@ -98,6 +98,6 @@ def test_a_session_that_was_closed_under_an_answer_is_an_error() -> None:
 
 def test_the_place_in_the_queue_is_that_of_now() -> None:
     log = log_of(Chunk("", 0, queue_place=3))
-    assert log.queue_place == 3
+    assert log.waits_for == QueuePlace(3)
     log.add(Chunk("Hi", 1))
-    assert log.queue_place is None
+    assert log.waits_for is None

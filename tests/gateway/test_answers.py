@@ -9,7 +9,7 @@ import pytest
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
-from petals_chat.errors import MissingBlocksError
+from petals_chat.errors import MissingBlocksError, ModelLoadingError
 from petals_chat.gateway import answers
 from petals_chat.gateway.visitors import COOKIE
 from petals_chat.protocol.messages import ChatPrompt
@@ -131,6 +131,25 @@ async def test_an_answer_may_be_stopped_before_its_session_is_open(gateway: Gate
         await send(client, {"type": "stop", "generation": generation})
         assert (await receive(client))["finish_reason"] == "stopped"
     gateway.engine.may_open.set()
+
+
+async def test_an_answer_waits_for_a_model_that_is_being_loaded(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "LOADING_POLL_SECONDS", 0.01)
+    gateway.engine.open_error = ModelLoadingError("org/model")
+    async with gateway.connect() as client, gateway.connect() as late:
+        generation = await start(client, max_new_tokens=2)
+        assert await receive(client) == {"ok": True, "waiting_for": "model_loading"}
+        assert (await ask(late, {"type": "attach", "generation": generation}))["waiting_for"]
+        gateway.engine.open_error = None
+        for follower in (client, late):
+            assert text_of(await receive_rest(follower)) == "t0 t1"
+        gateway.engine.open_error = ModelLoadingError("org/model")
+        generation = await start(client)
+        await receive(client)
+        await send(late, {"type": "stop", "generation": generation})
+        assert (await receive(client))["finish_reason"] == "stopped"
 
 
 async def test_a_full_context_ends_an_answer() -> None:

@@ -81,8 +81,11 @@ async def test_a_key_may_be_for_some_models_only() -> None:
         page = {"Origin": f"http://{gateway.address}"}
         models = (await gateway.http.get("/v1/models", headers=BOB)).json()["data"]
         assert [model["id"] for model in models] == ["org/private"]
-        response = await gateway.http.post(CHAT, json=HELLO, headers=BOB)
-        assert (response.status_code, response.json()["error"]["code"]) == (403, "model_not_allowed")
+        for response in (
+            await gateway.http.post(CHAT, json=HELLO, headers=BOB),
+            await gateway.http.get("/v1/models/org/model", headers=BOB),
+        ):
+            assert (response.status_code, response.json()["error"]["code"]) == (403, "model_not_allowed")
         async with gateway.connect(additional_headers=BOB) as websocket:
             await websocket.send('{"type": "open_inference_session", "max_length": 16}')
             assert json.loads(await websocket.recv())["code"] == "model_not_allowed"

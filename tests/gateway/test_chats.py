@@ -289,12 +289,14 @@ async def test_an_answer_is_written_down_while_it_is_made_and_can_be_attached_to
         await ask(client, answer(chat, new_id(), question))
         await receive(client)
         engine.may_generate.clear()
-    running: Any = {"content": ""}
+    kept: Any = {"content": ""}
     async with asyncio.timeout(20):
-        while not running["content"]:
-            running = (await visitor.messages(chat))[1]
+        while not kept["content"]:  # what is exported is what the database has
+            kept = (await visitor.get(f"chats/{chat}/export"))["chats"][0]["messages"][1]
             await asyncio.sleep(0.02)
+    running = (await visitor.messages(chat))[1]
     assert running["state"] == "answering"
+    assert running["content"].startswith(kept["content"])
     engine.may_generate.set()
     async with visitor.connect() as client:
         await send(client, {"type": "attach", "generation": running["generation"]})
@@ -306,6 +308,36 @@ async def test_an_answer_is_written_down_while_it_is_made_and_can_be_attached_to
     stopped = (await visitor.messages(chat))[1]
     assert (stopped["content"], stopped["state"]) == (text_of(frames), "stopped")
     assert stopped["tokens"] == frames[-1]["position"]
+
+
+async def test_an_answer_that_is_continued_is_attached_to_where_its_text_ends(visitor: Visitor) -> None:
+    engine = visitor.gateway.engine
+    engine.tokens = [" Hi", " you", *(f" {number}" for number in range(100)), END]
+    chat, message = await visitor.new_chat(), new_id()
+    question = await visitor.say(chat, "Hello")
+    async with visitor.connect() as client:
+        await ask(client, {**answer(chat, message, question, "Hello"), "max_new_tokens": 2})
+        await receive_rest(client)
+        await until_written(visitor, chat)
+        engine.may_generate.clear()
+        await ask(client, answer(chat, message, question, "Hello", "Hi you"))
+        begun = (await visitor.messages(chat))[1]
+        assert (begun["content"], begun["position"], begun["tokens"]) == ("Hi you", 0, 2)
+        engine.may_generate.set()
+        async with asyncio.timeout(20):
+            while engine.tokens_pulled < 4:
+                await asyncio.sleep(0)
+        engine.may_generate.clear()
+        running = (await visitor.messages(chat))[1]
+        assert running["tokens"] == 2 + running["position"] > 3
+        engine.may_generate.set()
+        whole = "Hi you" + text_of(await receive_rest(client))
+        attach = {name: running[name] for name in ("generation", "position")}
+        await send(client, {"type": "attach", **attach})
+        assert running["content"] + text_of(await receive_rest(client)) == whole
+    await until_written(visitor, chat)
+    written = (await visitor.messages(chat))[1]
+    assert (written["content"], "position" in written) == (whole, False)
 
 
 async def test_who_asks_and_leaves_at_once_finds_the_answer_later(visitor: Visitor) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from typing import Any
 
 import pytest
 
 from petals_chat.errors import ConfigurationError, InvalidApiKeyError, RateLimitExceededError
 from petals_chat.gateway import clients as clients_module
-from petals_chat.gateway.clients import Clients, hash_of
+from petals_chat.gateway.clients import COUNTED_CHUNK_TOKENS, Clients, MeteredEngine, hash_of
+from petals_chat.protocol.messages import GenerationRequest
 from petals_chat.settings import ApiKeySettings, ApiSettings
+from tests.fakes import FakeEngine
 
 
 class Clock:
@@ -119,3 +122,24 @@ def test_clients_who_use_nothing_are_forgotten_first(monkeypatch: pytest.MonkeyP
         clients.of("3")
         assert clients.of("1") is first
         assert clients.of("2") is not second
+
+
+def test_addresses_of_one_network_are_one_client() -> None:
+    clients = Clients(ApiSettings(requests_per_minute=1), [])
+    assert clients.of("2001:db8::1") is clients.of("2001:db8::ffff:2\nvisitor")
+    assert clients.of("2001:db8::1") is not clients.of("2001:db8:0:1::1")
+    assert clients.of("::ffff:192.0.2.1") is clients.of("192.0.2.1")
+    assert clients.of("192.0.2.1") is not clients.of("192.0.2.2")
+
+
+async def test_who_leaves_before_the_end_has_used_the_prompt_and_what_was_generated() -> None:
+    engine = FakeEngine("m")
+    clients = Clients(ApiSettings(tokens_per_minute=1000), ["m"], clock=lambda: 0.0)
+    metered = MeteredEngine(engine, clients)
+    session = await metered.open_session("m", 100, owner="192.0.2.1")
+    async with aclosing(session.generate(GenerationRequest("some words more"))) as chunks:
+        await anext(chunks)
+    (left,) = [
+        value for name, value in clients.of("192.0.2.1").headers() if name.endswith(b"remaining-tokens")
+    ]
+    assert int(left) == 1000 - 3 - COUNTED_CHUNK_TOKENS

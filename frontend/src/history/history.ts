@@ -52,6 +52,7 @@ export function newMessage(values: Pick<Message, "id" | "parent" | "role" | "con
     state: "complete",
     error: null,
     generation: null,
+    position: null,
     finish_reason: null,
     tokens: null,
     seconds: null,

@@ -4,6 +4,7 @@
  * Pure. What the blocks look like is `render`'s affair.
  */
 
+import { Lexer } from "marked";
 import type { Token } from "marked";
 import remend from "remend";
 
@@ -20,7 +21,12 @@ export interface Block {
   code: string;
   language: string;
   isGrowing: boolean;
+  /** Too long to be drawn anew with each token: as long as it grows, it is shown as it is written. */
+  isRaw: boolean;
 }
+
+/** Characters of a growing block. */
+const LONGEST_DRAWN_GROWING = 12_000;
 
 export class GrowingMarkdown {
   #text = "";
@@ -30,12 +36,14 @@ export class GrowingMarkdown {
 
   /** The blocks of `text`, which mostly is the text of the last call and something more. */
   read(text: string, isGrowing: boolean): Block[] {
+    text = text.replace(/\r\n?/g, "\n"); // as the lexer does, which counts them so
     if (!text.startsWith(this.#text)) {
       this.#settled = [];
       this.#settledLength = 0;
     }
     this.#text = text;
-    const tokens = markdown.lexer(text.slice(this.#settledLength));
+    // Without what is within the blocks: that is read when one is drawn.
+    const tokens = new Lexer(markdown.defaults).blockTokens(text.slice(this.#settledLength));
     const visible = tokens.filter((token) => token.type !== "space" && token.type !== "def");
     // The last but one can still become one with the last: "1. a", "2" and then ". b".
     const settling = visible.slice(0, -2);
@@ -59,8 +67,9 @@ export class GrowingMarkdown {
 function blockOf(token: Token, isGrowing: boolean): Block {
   if (token.type === "code") {
     const { text, lang } = token as { text: string; lang?: string };
-    return { kind: "code", source: token.raw, code: text, language: languageOf(lang), isGrowing };
+    return { kind: "code", source: token.raw, code: text, language: languageOf(lang), isGrowing, isRaw: false };
   }
-  const source = isGrowing ? remend(token.raw, COMPLETIONS) : token.raw;
-  return { kind: "text", source, code: "", language: "", isGrowing };
+  const isRaw = isGrowing && token.raw.length > LONGEST_DRAWN_GROWING;
+  const source = isGrowing && !isRaw ? remend(token.raw, COMPLETIONS) : token.raw;
+  return { kind: "text", source, code: "", language: "", isGrowing, isRaw };
 }

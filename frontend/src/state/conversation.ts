@@ -19,7 +19,6 @@ import { promptOf, Tree } from "./tree";
 
 const SAVE_PERIOD_MILLISECONDS = 1000;
 const LONGEST_TITLE = 60;
-const LOADING_POLL_MILLISECONDS = 3000;
 
 /** The answer that is being made. */
 export interface Live {
@@ -61,11 +60,7 @@ export class Conversation {
   #isSaved: boolean;
   #answer: Answer | null = null;
   #arrived = "";
-  /** The text begins with what is known already. */
-  #isJoining = false;
   #isFlushing = false;
-  /** While the model is loading: the answer that waits for it. */
-  #awaiting: { message: Message; timer: ReturnType<typeof setInterval> } | null = null;
   #askedAt = 0;
   #savedAt = 0;
 
@@ -128,13 +123,10 @@ export class Conversation {
   /** End the answer; what there is of it stays. */
   stop(): void {
     this.#answer?.stop();
-    const message = this.#stopAwaiting();
-    if (message !== null) this.#end(message, "stopped", null);
   }
 
   /** No longer listen to the answer; it goes on. */
   leave(): void {
-    this.#stopAwaiting();
     this.#answer?.leave();
   }
 
@@ -229,22 +221,17 @@ export class Conversation {
       if (!isOnServer) this.#put({ ...message, state: "interrupted" });
       return;
     }
-    // The browser's history knows which tokens its text has; the server's is asked for all of them.
-    const position = isOnServer ? 0 : (message.tokens ?? 0);
-    this.#follow(message, { generation: message.generation, position });
-    this.#isJoining = isOnServer;
+    this.#follow(message, { generation: message.generation, position: message.position ?? 0 });
   }
 
   #follow(message: Message, begin: AnswerRequest | Running): void {
     this.#put(message);
     this.#changeChat({ current: message.id, updated_at: Date.now() / 1000 });
-    this.#askedAt = performance.now();
-    this.#savedAt = this.#askedAt;
+    this.#savedAt = performance.now();
+    this.#askedAt = this.#savedAt - 1000 * (message.seconds ?? 0);
     this.#arrived = "";
-    this.#isJoining = false;
-    const tokens = "type" in begin ? 0 : begin.position;
     const { id, content } = message;
-    this.live.value = { id, content, waitingFor: null, place: null, tokens, firstTokenAt: null };
+    this.live.value = { id, content, waitingFor: null, place: null, tokens: message.tokens ?? 0, firstTokenAt: null };
     this.#answer = new Answer(begin, {
       connect: this.#around.connect,
       listener: this.#listener(message),
@@ -269,7 +256,6 @@ export class Conversation {
       },
       failed: (code) => {
         if (code === "unknown_generation") void this.#readEnd(message);
-        else if (code === "model_loading" && this.live.value?.content === "") this.#awaitModel(message);
         else if (code === "engine_error") this.#end(message, "interrupted", null); // the server is being stopped
         else this.#end(message, "failed", code);
       },
@@ -280,10 +266,6 @@ export class Conversation {
   #receive(message: Message, text: string, tokens: number): void {
     const live = this.live.value;
     if (live === null) return;
-    if (this.#isJoining) {
-      this.#isJoining = false;
-      live.content = live.content.slice(0, live.content.length - overlap(live.content, text));
-    }
     this.#arrived += text;
     live.tokens += tokens;
     live.firstTokenAt ??= performance.now();
@@ -293,7 +275,7 @@ export class Conversation {
     }
     if (performance.now() - this.#savedAt > SAVE_PERIOD_MILLISECONDS) {
       this.#savedAt = performance.now();
-      this.#save({ ...message, content: live.content + this.#arrived, tokens: live.tokens });
+      this.#save({ ...message, ...this.#figures(message, live), content: live.content + this.#arrived, position: this.#answer?.position ?? null });
     }
   }
 
@@ -314,17 +296,14 @@ export class Conversation {
     this.#flush();
     const live = this.live.value;
     if (live === null) return;
-    const now = performance.now();
-    this.#settle({
-      ...begun,
-      content: live.content,
-      state,
-      error,
-      generation: null,
-      tokens: live.tokens,
-      seconds: (now - this.#askedAt) / 1000,
-      first_token_seconds: live.firstTokenAt === null ? null : (live.firstTokenAt - this.#askedAt) / 1000,
-    });
+    this.#settle({ ...begun, ...this.#figures(begun, live), content: live.content, state, error, generation: null, position: null });
+  }
+
+  /** How long it has become, and taken; with what was there before it was continued. */
+  #figures(begun: Message, live: Live): Pick<Message, "tokens" | "seconds" | "first_token_seconds"> {
+    const seconds = (time: number) => (time - this.#askedAt) / 1000;
+    const first = live.firstTokenAt === null ? null : seconds(live.firstTokenAt);
+    return { tokens: live.tokens, seconds: seconds(performance.now()), first_token_seconds: begun.first_token_seconds ?? first };
   }
 
   #settle(message: Message): void {
@@ -334,28 +313,6 @@ export class Conversation {
     this.#save(message);
     this.#changeChat({ updated_at: Date.now() / 1000 });
     this.#around.answered(message);
-  }
-
-  /** Ask again when the model is loaded. */
-  #awaitModel(message: Message): void {
-    this.#answer = null;
-    this.#update({ waitingFor: "model_loading", place: null });
-    const timer = setInterval(() => {
-      if (this.#around.modelFor(this.chat.value.model)?.state === "loading") return;
-      this.#stopAwaiting();
-      this.tree.value = this.tree.value.without(message.id);
-      this.#start({ ...message, id: newId(), generation: null }, message.parent!, message.parent!);
-      this.#update({ waitingFor: "model_loading" });
-    }, LOADING_POLL_MILLISECONDS);
-    this.#awaiting = { message, timer };
-  }
-
-  /** The answer that waited; it no longer does. */
-  #stopAwaiting(): Message | null {
-    const message = this.#awaiting?.message ?? null;
-    clearInterval(this.#awaiting?.timer);
-    this.#awaiting = null;
-    return message;
   }
 
   /** The server no longer knows the generation: the history says how it ended. */
@@ -376,12 +333,11 @@ export class Conversation {
   async #recover(begun: Message): Promise<Running | null | "over"> {
     const { messages } = await this.#around.history.read(this.chat.value.id);
     const found = messages.find(({ id }) => id === begun.id);
-    const hasGoneOn = found !== undefined && (found.state === "answering" || found.content !== begun.content);
-    if (!hasGoneOn) return null;
+    const isContinued = begun.content !== "";
+    if (found === undefined || (isContinued && found.state !== "answering" && found.content === begun.content)) return null;
     if (found.generation !== null) {
-      this.#update({ content: found.content });
-      this.#isJoining = true;
-      return { generation: found.generation, position: 0 };
+      this.#update({ content: found.content, tokens: found.tokens ?? 0 });
+      return { generation: found.generation, position: found.position ?? 0 };
     }
     this.#settle(found);
     return "over";
@@ -400,14 +356,6 @@ export class Conversation {
     this.chat.value = { ...this.chat.value, ...changes };
     if (this.#isSaved) this.#around.changed(this.chat.value);
   }
-}
-
-/** How much of the end of `known` is the beginning of `text`. */
-export function overlap(known: string, text: string): number {
-  for (let length = Math.min(known.length, text.length); length > 0; length--) {
-    if (known.endsWith(text.slice(0, length))) return length;
-  }
-  return 0;
 }
 
 /** A chat's title: the beginning of its first question. */

@@ -36,6 +36,8 @@ export function reportOf(model: Model, status: Status): ModelReport {
     status: model.state,
     num_blocks: status.total_blocks,
     missing_blocks: model.missing_blocks,
+    rarest_block_servers: 0,
+    rarest_blocks: [],
     join_command: null,
     age_seconds: null,
     server_rows: status.peers.map(({ start, end, ...peer }) => ({ state: "online", ...peer, span: { start, end } })),

@@ -35,11 +35,6 @@ export class Tree {
     return new Tree(new Map(this.#byId).set(message.id, message).values());
   }
 
-  /** The tree without this message, which has no answers. */
-  without(id: string): Tree {
-    return new Tree(this.messages.filter((message) => message.id !== id));
-  }
-
   /** The messages from the root to `leaf`; of an unknown leaf, those of the newest branch. */
   branch(leaf: string | null): Message[] {
     const branch: Message[] = [];

@@ -46,9 +46,6 @@ export interface AnswerOptions {
 
 const FIRST_BACK_OFF_SECONDS = 0.5;
 const LONGEST_BACK_OFF_SECONDS = 15;
-const LOADING_POLL_SECONDS = 3;
-/** Errors that pass by themselves. */
-const PASSING = ["model_loading", "session_expired"];
 /** How long a stopped answer's last frame is waited for. */
 const STOP_SECONDS = 5;
 
@@ -141,6 +138,9 @@ export class Answer {
         case "queued":
           listener.queued(event.place);
           break;
+        case "waiting":
+          listener.waiting(event.code);
+          break;
         case "text":
           listener.text(event.text, event.tokens);
           break;
@@ -161,9 +161,9 @@ export class Answer {
   #refused(code: string): void {
     this.#hangUp();
     if (this.#isStopping) return this.#finish("stopped", null);
-    if (PASSING.includes(code) && this.#generation === null) {
+    if (code === "session_expired" && this.#generation === null) {
       this.#wasAsked = false;
-      return this.#again(code, code === "model_loading" ? LOADING_POLL_SECONDS : this.#backOff());
+      return this.#again(code, this.#backOff());
     }
     this.#end();
     this.#options.listener.failed(code);

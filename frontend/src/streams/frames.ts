@@ -9,6 +9,7 @@ import type { FinishReason, Frame } from "../contract";
 export type AnswerEvent =
   | { kind: "started"; generation: string }
   | { kind: "queued"; place: number }
+  | { kind: "waiting"; code: string }
   | { kind: "text"; text: string; tokens: number }
   | { kind: "finished"; reason: FinishReason; promptTokens: number | null }
   | { kind: "failed"; code: string }
@@ -26,6 +27,7 @@ export class FrameReader {
   read(frame: Frame): AnswerEvent[] {
     if (!frame.ok) return [{ kind: "failed", code: frame.code ?? "internal_error" }];
     if (frame.queue_place !== undefined) return [{ kind: "queued", place: frame.queue_place }];
+    if (frame.waiting_for !== undefined) return [{ kind: "waiting", code: frame.waiting_for }];
     if (frame.outputs === undefined) {
       return frame.generation === undefined ? [] : [{ kind: "started", generation: frame.generation }];
     }

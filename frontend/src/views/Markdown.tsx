@@ -1,13 +1,14 @@
 /** An answer's Markdown on the page. While it grows, only its last blocks are drawn again. */
 
 import { signal } from "@preact/signals";
+import { Component } from "preact";
 import { useLayoutEffect, useMemo, useRef } from "preact/hooks";
 
 import type { Block } from "../markdown/blocks";
 import { texts } from "../texts";
 
-/** More of one growing block than this is drawn as it is written, to stay fluid. */
-const LONGEST_GROWING_BLOCK = 12_000;
+/** So many blocks are drawn and laid out together: what has settled costs the later ones nothing. */
+const BLOCKS_IN_PIECE = 32;
 
 const library = signal<typeof import("../markdown/library") | null>(null);
 let loading: Promise<void> | null = null;
@@ -27,29 +28,50 @@ export function Markdown({ text, isGrowing }: { text: string; isGrowing: boolean
   if (!blocks) return <div class="prose raw">{text}</div>;
   return (
     <div class="prose">
-      {blocks.map((block, index) =>
-        block.kind === "code" ? (
-          <Code key={index} code={block.code} language={block.language} isGrowing={block.isGrowing} />
-        ) : (
-          <Text key={index} source={block.source} isGrowing={block.isGrowing} />
-        ),
-      )}
+      {piecesOf(blocks).map((piece, index) => (
+        <Piece key={index} blocks={piece} />
+      ))}
     </div>
   );
 }
 
-function Text({ source, isGrowing }: Pick<Block, "source" | "isGrowing">) {
+function piecesOf(blocks: Block[]): Block[][] {
+  const count = Math.ceil(blocks.length / BLOCKS_IN_PIECE);
+  return Array.from({ length: count }, (_, index) => blocks.slice(index * BLOCKS_IN_PIECE, (index + 1) * BLOCKS_IN_PIECE));
+}
+
+/** Blocks that are drawn again only when one of them is another. */
+class Piece extends Component<{ blocks: Block[] }> {
+  override shouldComponentUpdate({ blocks }: { blocks: Block[] }): boolean {
+    const shown = this.props.blocks;
+    return blocks.length !== shown.length || blocks.some((block, index) => block !== shown[index]);
+  }
+
+  override render({ blocks }: { blocks: Block[] }) {
+    return (
+      <div class="piece">
+        {blocks.map((block, index) =>
+          block.kind === "code" ? (
+            <Code key={index} code={block.code} language={block.language} isGrowing={block.isGrowing} />
+          ) : (
+            <Text key={index} source={block.source} isGrowing={block.isGrowing} isRaw={block.isRaw} />
+          ),
+        )}
+      </div>
+    );
+  }
+}
+
+function Text({ source, isGrowing, isRaw }: Pick<Block, "source" | "isGrowing" | "isRaw">) {
   const element = useRef<HTMLDivElement>(null);
-  const isRaw = isGrowing && source.length > LONGEST_GROWING_BLOCK;
   useLayoutEffect(() => {
     const block = element.current!;
-    block.classList.toggle("raw", isRaw);
     if (isRaw) return void (block.textContent = source);
     block.replaceChildren(library.value!.render(source));
     library.value!.setFormulas(block);
     if (!isGrowing) library.value!.colourAll(block);
   }, [source, isGrowing, isRaw]);
-  return <div class="block" dir="auto" ref={element} />;
+  return <div class={`block ${isRaw ? "raw" : ""} ${isGrowing ? "growing" : ""}`} dir="auto" ref={element} />;
 }
 
 function Code({ code, language, isGrowing }: Pick<Block, "code" | "language" | "isGrowing">) {
@@ -59,7 +81,7 @@ function Code({ code, language, isGrowing }: Pick<Block, "code" | "language" | "
     if (!isGrowing) library.value!.colour(element.current!, language);
   }, [code, language, isGrowing]);
   return (
-    <div class="code" dir="ltr">
+    <div class={`code ${isGrowing ? "growing" : ""}`} dir="ltr">
       <div class="code-head">
         <span>{language || texts.chat.plainText}</span>
         <button type="button" class="bare" data-copy="">

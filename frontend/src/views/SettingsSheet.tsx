@@ -33,7 +33,8 @@ export function SettingsSheet() {
   };
   return (
     <Dialog title={texts.settings.title}>
-      <form onSubmit={save}>
+      {/* Values from elsewhere may lie beside a slider's range and steps, and be kept. */}
+      <form noValidate onSubmit={save}>
         <p class="muted small">{texts.settings.intro}</p>
         <label class="field">
           <span>{texts.settings.system}</span>

@@ -66,6 +66,7 @@ function Report({ report }: { report: ModelReport }) {
         {report.age_seconds !== null && <span class="muted small">{texts.swarm.updated(Math.round(report.age_seconds))}</span>}
       </div>
       {missing.length > 0 && <p class="missing">{texts.swarm.missing(texts.swarm.blocks(ranges(missing), missing.length))}</p>}
+      {hasNoSpare(report) && <p class="muted small">{texts.swarm.noSpare(texts.swarm.blocks(ranges(report.rarest_blocks), report.rarest_blocks.length))}</p>}
       {blocks > 0 && <BlockMap report={report} />}
       {servers.length === 0 ? <p class="muted">{texts.swarm.noServers}</p> : <Servers servers={servers} name={name} />}
       {report.join_command && (
@@ -76,6 +77,11 @@ function Report({ report }: { report: ModelReport }) {
       )}
     </section>
   );
+}
+
+/** Where there is one machine only, that is how it is, and nothing to tell. */
+function hasNoSpare({ rarest_block_servers: fewest, server_rows: servers }: ModelReport): boolean {
+  return fewest === 1 && servers.filter(({ state }) => state === "online").length > 1;
 }
 
 /** One row per machine; above them, how many machines hold each block. */

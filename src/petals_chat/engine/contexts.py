@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import torch
 
 from petals_chat.engine.rooms import Applicant, RoomQueue
-from petals_chat.errors import AttentionCacheFullError
+from petals_chat.errors import AttentionCacheFullError, MaximumLengthExceededError
 from petals_chat.head.modules import ClientModules
 
 NEW_TOKENS_ROOM = 256
@@ -81,6 +82,8 @@ class Swarm:
         self.prefill_chunk_tokens = prefill_chunk_tokens
         self.prefills = asyncio.Semaphore(PREFILLS_AT_ONCE)
         self.counts = Counts()
+        self.longest_caches = sys.maxsize
+        """Tokens of the longest caches that servers allow, as far as that is known."""
 
 
 OnOutputs = Callable[[int, torch.Tensor], Awaitable[None]]
@@ -110,6 +113,11 @@ class Context:
         """Length of the part of the history that is in the caches."""
         return 0 if self._caches is None else self._caches.position
 
+    @property
+    def lacks_one_token(self) -> bool:
+        """Whether a step of one token brings the caches up to date."""
+        return self._caches is not None and self._caches.position == len(self.tokens) - 1
+
     async def feed(self, new_tokens: int | None, applicant: Applicant) -> torch.Tensor | None:
         """Send what the caches do not hold of the history; waits for room if there is none.
 
@@ -123,6 +131,7 @@ class Context:
         Raises:
             SwarmError: the swarm cannot do it now.
             AttentionCacheFullError: there was no room for too long, or too many wait.
+            MaximumLengthExceededError: servers do not allow so long a history.
         """
         rooms = self._swarm.rooms
         if self._caches is not None and rooms.is_recalled(self):
@@ -181,12 +190,22 @@ class Context:
         short = self._swarm.modules.short_context
         if short is not None and len(self.tokens) <= short:  # its rotary embedding is the short one's so long
             size = min(size, short)
-        caches = self._swarm.open_session(min(size, self.max_length))
+        size = min(size, self.max_length)
+        if len(self.tokens) <= self._swarm.longest_caches:
+            size = min(size, self._swarm.longest_caches)
+        caches = self._swarm.open_session(size)
         try:
             hidden = await self._step(caches)
+        except MaximumLengthExceededError as error:
+            await caches.close()
+            self._swarm.longest_caches = error.limit
+            if len(self.tokens) > error.limit:
+                raise
+            return await self._open(new_tokens, is_scarce)
         except BaseException:
             await caches.close()
             raise
+        self._swarm.longest_caches = max(size, self._swarm.longest_caches)  # other servers may have come
         self._caches = caches
         return hidden
 

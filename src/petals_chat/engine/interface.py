@@ -50,13 +50,14 @@ class ModelState(enum.StrEnum):
     """How a model is. The page, the errors and /readyz use the same words."""
 
     LOADING = "loading"
+    """Its worker is starting, for the first time or again."""
     READY = "ready"
     FULL = "full"
     """It answers, but the servers' attention caches are in use: generations wait for room."""
     BROKEN = "broken"
     """Blocks are missing in the swarm."""
     UNAVAILABLE = "unavailable"
-    """Its worker cannot start, or ended and is being restarted."""
+    """Its worker cannot start; it is tried again and again."""
 
     @property
     def can_answer(self) -> bool:

@@ -2,7 +2,8 @@
 
 Room is not counted here, because other gateways take of it too: servers say when they are full. Then whoever
 needs room waits in a queue, round robin over owners, and its head gets the room of contexts that are idle; or,
-if none is, of one that has had its time slice, which comes back by way of the queue.
+if none is, of one that has had its time slice, which comes back by way of the queue. Where others have all the room,
+it waits for them, but does not hold up those behind it who may need less.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ SLICE_PER_REPLAY = 4.0
 """A slice lasts at least this many times as long as it took to fill the caches, so that replays stay a small part."""
 LOOK_AGAIN_SECONDS = 0.5
 """Other gateways do not say when they free memory."""
-ALONE_SECONDS = 10.0
-"""What finds no room for this time, though nothing else here holds any, is too large for what the swarm has left."""
+PATIENCE_SECONDS = 5.0
+"""Whoever finds no room for this time, though nothing here holds any, lets the others in the queue try first."""
 EXPIRY_CHECK_SECONDS = 5.0
 
 
@@ -70,6 +71,10 @@ class _Stay:
         if self.idle_since is None:
             return end_of_slice
         return min(end_of_slice, self.idle_since + IDLE_GRACE_SECONDS)
+
+
+class _NoRoomForNow(Exception):
+    """Others than this queue's contexts have the room."""
 
 
 class _Waiter:
@@ -229,36 +234,51 @@ class RoomQueue:
             self._changed.set()
 
         applicant.on_cancel = wake
-        self._queues.setdefault(resident.owner, deque()).append(waiter)
-        self._advance()
+        self._queue_up(resident.owner, waiter)
         try:
             async with asyncio.timeout(self._timeout):
-                await waiter.turn.wait()
-                if waiter.is_displaced:
-                    raise AttentionCacheFullError("too many others wait for room, and more of yours already")
-                last_resident = _now()
-                while not applicant.cancelled:
-                    began = _now()
-                    try:
-                        result = await attempt(True)
-                    except AttentionCacheFullError:
-                        if self._stays:
-                            last_resident = _now()
-                        elif _now() - last_resident > ALONE_SECONDS:
-                            raise AttentionCacheFullError(
-                                "the swarm has no room for it even without any others"
-                            ) from None
-                        await self._make_room(applicant)
-                    else:
-                        self._stays[resident] = _Stay(began)
-                        return result
-                return None
+                while True:
+                    await waiter.turn.wait()
+                    if waiter.is_displaced:
+                        raise AttentionCacheFullError(
+                            "too many others wait for room, and more of yours already"
+                        )
+                    if applicant.cancelled:
+                        return None
+                    with contextlib.suppress(_NoRoomForNow):
+                        return await self._take_turn(resident, attempt, applicant)
+                    self._remove(resident.owner, waiter)
+                    self._queue_up(resident.owner, waiter)
         except TimeoutError:
             raise AttentionCacheFullError(f"no room came free within {self._timeout:g} s") from None
         finally:
             applicant.on_cancel = None
             self._remove(resident.owner, waiter)
             self._advance()
+
+    async def _take_turn(
+        self, resident: Resident, attempt: Callable[[bool], Awaitable[Result]], applicant: Applicant
+    ) -> Result | None:
+        """Try until there is room, taking it from residents; None if the applicant was cancelled.
+
+        Raises:
+            _NoRoomForNow: it is not residents who have the room.
+        """
+        last_resident = _now()
+        while not applicant.cancelled:
+            began = _now()
+            try:
+                result = await attempt(True)
+            except AttentionCacheFullError:
+                if self._stays:
+                    last_resident = _now()
+                elif self._queues and _now() - last_resident > PATIENCE_SECONDS:
+                    raise _NoRoomForNow from None
+                await self._make_room(applicant)
+            else:
+                self._stays[resident] = _Stay(began)
+                return result
+        return None
 
     async def _make_room(self, applicant: Applicant) -> None:
         """Take the caches of one context, or wait until there may be room in another way."""
@@ -280,6 +300,11 @@ class RoomQueue:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.01, min([until, *times]) - now)):
                     await self._changed.wait()
+
+    def _queue_up(self, owner: str, waiter: _Waiter) -> None:
+        waiter.turn.clear()
+        self._queues.setdefault(owner, deque()).append(waiter)
+        self._advance()
 
     def _advance(self) -> None:
         """Let the next waiter try, if none does, and tell the others their places."""

@@ -15,7 +15,7 @@ from petals_chat.errors import InvalidParameterError, MaximumLengthExceededError
 from petals_chat.generation.detokenize import IncrementalDetokenizer
 from petals_chat.generation.sampling import Logprobs, TokenSampler
 from petals_chat.generation.stopping import StopMatcher
-from petals_chat.head.batcher import HeadBatcher
+from petals_chat.head.batcher import HeadBatcher, Trip
 from petals_chat.protocol.messages import FinishReason, GenerationRequest, SamplingParameters, TokenLogprobs
 
 PROMPT_LOGPROBS_PER_CHUNK = 128
@@ -78,6 +78,7 @@ class Session:
         self._is_stateless = is_stateless
         self._context = Context(model.swarm, owner, max_length)
         self._detokenizer = IncrementalDetokenizer(model.tokenizer.decode)
+        self._trip = Trip()
         self._turn = asyncio.Lock()
         self._is_closed = False
 
@@ -115,6 +116,7 @@ class Session:
             if self._is_closed:
                 return
             self._is_closed = True
+            self._model.batcher.forget(self._trip)
             if self._is_stateless and self._context.cached_tokens:
                 await self._model.prefixes.park(self._context)
             else:
@@ -168,7 +170,13 @@ class Session:
         logprobs: list[TokenLogprobs] = []
         finish_reason: FinishReason | None = None
         while finish_reason is None:
-            hidden_state = await self._feed(request, generated, consumer)
+            try:
+                hidden_state = await self._feed(request, generated, consumer)
+            except MaximumLengthExceededError:  # the swarm's servers allow less than the session
+                if not generated:
+                    raise
+                await consumer.take(text, in_chunk, FinishReason.CONTEXT_FULL, usage, tuple(logprobs))
+                return
             if hidden_state is None:
                 await consumer.take(text, in_chunk, FinishReason.CANCELLED, usage, tuple(logprobs))
                 return
@@ -193,6 +201,8 @@ class Session:
                 finish_reason = self._finish_reason(request, token, generated, consumer)
             chunk_is_full = request.chunk_tokens is not None and in_chunk >= request.chunk_tokens
             if finish_reason or (chunk_is_full and not self._detokenizer.holds_tokens):
+                if finish_reason is FinishReason.LENGTH:  # many clients ask for one token after the other
+                    model.batcher.expect(self._trip)
                 if consumer.is_slow:
                     model.swarm.rooms.idle(self._context)  # others may have its caches for the time being
                 await consumer.take(text, in_chunk, finish_reason, usage, tuple(logprobs))
@@ -231,7 +241,10 @@ class Session:
         self, request: GenerationRequest, generated: int, consumer: ChunkConsumer
     ) -> torch.Tensor | None:
         new_tokens = None if request.max_new_tokens is None else request.max_new_tokens - generated
-        return await self._context.feed(new_tokens, consumer)
+        if not self._context.lacks_one_token:
+            return await self._context.feed(new_tokens, consumer)
+        with self._model.batcher.expecting(self._trip):
+            return await self._context.feed(new_tokens, consumer)
 
     def _finish_reason(
         self, request: GenerationRequest, token: int, generated: int, consumer: ChunkConsumer

@@ -333,8 +333,8 @@ class _Worker:
     def _session_ended(self) -> None:
         self.sessions -= 1
 
-    async def run(self) -> NoReturn:
-        """Start the process and attend to it until it ends, which always raises."""
+    async def run(self) -> None:
+        """Start the process and attend to it until it ends. Raises if it could not serve."""
         ours, theirs = socket.socketpair()
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         with theirs:
@@ -354,7 +354,7 @@ class _Worker:
             logger.info("%s is ready", self._model.key)
             self.settled.set()
             await ended
-            raise WorkerLostError(self._model.key)
+            logger.warning("the worker of %s ended", self._model.key)
         except TimeoutError:
             raise EngineError(
                 f"its worker did not start within {self._settings.engine.start_timeout_seconds:g} s "
@@ -413,7 +413,7 @@ class _Worker:
 
 
 async def _keep_running(
-    what: str, run: Callable[[], Awaitable[NoReturn]], note_error: Callable[[ErrorReport], None]
+    what: str, run: Callable[[], Awaitable[None]], note_error: Callable[[ErrorReport], None]
 ) -> NoReturn:
     """Start a process again whenever it has ended, after a pause that doubles with each failure in a row."""
     loop = asyncio.get_running_loop()

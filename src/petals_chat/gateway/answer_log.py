@@ -36,6 +36,11 @@ class QueuePlace:
 
 
 @dataclass(frozen=True, slots=True)
+class Loading:
+    """The answer waits until its model is loaded."""
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """The text of ``token_count`` tokens, up to the token at ``position``."""
 
@@ -61,7 +66,8 @@ class Failed:
     error: PetalsChatError
 
 
-Followed = QueuePlace | Piece | End | Failed
+Waiting = QueuePlace | Loading
+Followed = Waiting | Piece | End | Failed
 
 
 class AnswerLog:
@@ -81,7 +87,7 @@ class AnswerLog:
         self.state = AnswerState.ANSWERING
         self.finish_reason: str | None = None
         self.error: PetalsChatError | None = None
-        self.queue_place: int | None = None
+        self.waits_for: Waiting | None = None
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._filter = StopTextFilter(stop_sequences)
@@ -89,6 +95,11 @@ class AnswerLog:
         # Where pieces end, as counts of tokens and of characters. Arrays, since answers are kept for a while.
         self._positions = array("I", [0])
         self._lengths = array("I", [0])
+
+    @property
+    def position(self) -> int:
+        """Where the last piece ended: how many tokens the text has."""
+        return self._positions[-1]
 
     @property
     def is_ended(self) -> bool:
@@ -99,8 +110,8 @@ class AnswerLog:
         """What the engine gave next."""
         if self.is_ended:
             return
-        self.queue_place = chunk.queue_place
-        if chunk.queue_place is not None:
+        self.waits_for = None if chunk.queue_place is None else QueuePlace(chunk.queue_place)
+        if self.waits_for is not None:
             return
         self.tokens += chunk.token_count
         self._prompt_tokens = chunk.prompt_tokens or self._prompt_tokens
@@ -145,7 +156,7 @@ class AnswerLog:
             InvalidParameterError: no piece ended there.
         """
         text = self.text[self._lengths[self._index(position)] :]
-        return Piece(text, self._positions[-1] - position, self._positions[-1])
+        return Piece(text, self.position - position, self.position)
 
     def end_after(self, position: int) -> End | Failed:
         """The end for a follower who has seen everything up to ``position``."""
@@ -164,7 +175,7 @@ class AnswerLog:
 
     def _end(self, state: AnswerState, finish_reason: str) -> None:
         self.state, self.finish_reason = state, finish_reason
-        if self._positions[-1] != self.tokens:
+        if self.position != self.tokens:
             self._mark()
 
     def _mark(self) -> None:

@@ -12,24 +12,30 @@ import secrets
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from typing import Any
 
-from petals_chat.engine.interface import Chunk, Engine
+import msgspec
+
+from petals_chat.engine.interface import Chunk, Engine, EngineSession
 from petals_chat.errors import (
     EngineError,
     InternalError,
+    ModelLoadingError,
     PetalsChatError,
     TooManyRequestsError,
     UnknownGenerationError,
 )
 from petals_chat.gateway.admission import Slots
-from petals_chat.gateway.answer_log import AnswerLog, Followed, QueuePlace
+from petals_chat.gateway.answer_log import AnswerLog, Followed, Loading
 from petals_chat.gateway.deadlines import deadline
-from petals_chat.history.interface import AnswerState, Recording
+from petals_chat.history.interface import AnswerState, Message, Recording
 from petals_chat.protocol.messages import ChatPrompt, GenerationRequest
 from petals_chat.settings import LimitSettings, ModelSettings
 
 logger = logging.getLogger(__name__)
 
+LOADING_POLL_SECONDS = 0.5
+"""How often an answer whose model is being loaded looks whether it is."""
 MAX_KEPT = 1024
 """Answers that have ended and can still be attached to; if there are more, the oldest are forgotten."""
 
@@ -49,6 +55,7 @@ class Generation:
         self.request = request
         self.owner = owner
         self.visitor = visitor
+        self.recording: Recording | None = None
         self.begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when it is written down that it runs, or with the reason why it does not."""
         self._log = AnswerLog(request.stop_sequences, continues=self.continues)
@@ -78,7 +85,7 @@ class Generation:
     @property
     def tokens(self) -> int:
         """How many tokens that is."""
-        return self._log.tokens
+        return self._log.position
 
     @property
     def state(self) -> AnswerState:
@@ -113,7 +120,7 @@ class Generation:
         """
         log = self._log
         log.check_position(position)
-        told_place = None
+        told = None
         while True:
             changed = self._changed  # before looking, so that no change is missed
             piece = log.after(position)
@@ -121,11 +128,11 @@ class Generation:
                 yield log.end_after(position)
                 return
             if piece.token_count:
-                position, told_place = piece.position, None
+                position, told = piece.position, None
                 yield piece
-            elif log.queue_place is not None and log.queue_place != told_place:
-                told_place = log.queue_place
-                yield QueuePlace(told_place)
+            elif log.waits_for is not None and log.waits_for != told:
+                told = log.waits_for
+                yield told
             else:
                 await changed.wait()
 
@@ -157,9 +164,7 @@ class Generation:
 
     async def _generate(self, engine: Engine, timeout_seconds: float) -> None:
         async with deadline(timeout_seconds):
-            session = await engine.open_session(
-                self.model.key, _session_tokens(engine, self.model), owner=self.owner, is_stateless=True
-            )
+            session = await self._open_session(engine)
             try:
                 async with aclosing(session.generate(self.request)) as chunks:
                     async for chunk in chunks:
@@ -167,6 +172,21 @@ class Generation:
             finally:
                 await session.close()
         assert self._log.is_ended, "the engine ended a generation without a reason"
+
+    async def _open_session(self, engine: Engine) -> EngineSession:
+        """A session of the model, as soon as that is loaded."""
+        while True:
+            try:
+                session = await engine.open_session(
+                    self.model.key, _session_tokens(engine, self.model), owner=self.owner, is_stateless=True
+                )
+            except ModelLoadingError:
+                self._log.waits_for = Loading()
+                self._note_change()
+                await asyncio.sleep(LOADING_POLL_SECONDS)
+            else:
+                self._log.waits_for = None
+                return session
 
     def _add(self, chunk: Chunk) -> None:
         self._log.add(chunk)
@@ -231,7 +251,8 @@ class Answers:
         self._slots.take()
         self._of_owner[owner] += 1
         generation = Generation(model, request, owner, visitor)
-        task = asyncio.create_task(self._run(generation, recording))
+        generation.recording = recording
+        task = asyncio.create_task(self._run(generation))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         # The client may go away while it is being noted in the history that the answer runs. It runs all the same.
@@ -249,6 +270,14 @@ class Answers:
             raise UnknownGenerationError
         return generation
 
+    def latest(self, message: Message) -> dict[str, Any]:
+        """The fields of a kept message; while it is being written, as it is now, with the ``position`` to attach at."""
+        fields = msgspec.structs.asdict(message)
+        generation = self._generations.get(message.generation or "")
+        if generation is None or generation.recording is None or not generation.begun.done():
+            return fields
+        return fields | generation.recording.values(generation) | {"position": generation.tokens}
+
     def stop_if_running(self, generation_id: str) -> None:
         """End the answer with this id, whosever it is, if there is one."""
         if (generation := self._generations.get(generation_id)) is not None:
@@ -265,7 +294,8 @@ class Answers:
         self._generations.clear()
         self._kept.clear()
 
-    async def _run(self, generation: Generation, recording: Recording | None) -> None:
+    async def _run(self, generation: Generation) -> None:
+        recording = generation.recording
         self._generations[generation.id] = generation
         try:
             if recording is not None:

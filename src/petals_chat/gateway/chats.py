@@ -29,7 +29,7 @@ from petals_chat.gateway.parameters import Id, Text
 from petals_chat.gateway.request_body import read_body
 from petals_chat.gateway.visitors import VisitorCookie, visitor_of
 from petals_chat.history.exchange import from_json, to_json, to_markdown
-from petals_chat.history.interface import MAX_NAME_CHARS, MAX_TITLE_CHARS, Chat, Message
+from petals_chat.history.interface import MAX_NAME_CHARS, MAX_TITLE_CHARS, Chat
 from petals_chat.settings import HistorySettings, LimitSettings
 
 if TYPE_CHECKING:  # it brings the database's libraries, which a gateway without history does not need
@@ -190,7 +190,7 @@ class Chats:
     async def read_chat(self, request: Request, chat_id: str) -> Response:
         """Read a chat with all its messages, the oldest first."""
         chat, messages = await self._store.read_chat(_visitor(request), chat_id)
-        return _json(_with_messages(chat, messages))
+        return _json({**msgspec.structs.asdict(chat), "messages": list(map(self._answers.latest, messages))})
 
     async def change_chat(self, request: Request, chat_id: str) -> Response:
         """Change a chat's title, model, settings, whether it is pinned, or which branch is shown."""
@@ -348,10 +348,6 @@ def _with_valid_settings(chat: Chat) -> Chat:
 
 def _given(options: ChatOptions) -> dict[str, Any]:
     return options.model_dump(exclude_unset=True)
-
-
-def _with_messages(chat: Chat, messages: list[Message]) -> dict[str, Any]:
-    return {**msgspec.structs.asdict(chat), "messages": messages}
 
 
 def _download(title: str, suffix: str) -> dict[str, str]:

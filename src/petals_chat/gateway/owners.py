@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+
 from starlette.requests import HTTPConnection
 
 KEY_OWNER = "petals_chat.key_owner"
@@ -26,5 +28,13 @@ def owner_among(owner: str, visitor: str | None) -> str:
 
 
 def address_of(owner: str) -> str:
-    """The owner without the visitor. Limits are counted by it, since anybody can be as many visitors as he likes."""
-    return owner.partition(_AND)[0]
+    """The owner without the visitor. Limits are counted by it, since anybody can be as many visitors as he likes.
+
+    An address of IPv6 stands for its network of 64 bits, whose addresses belong to one customer of a provider.
+    """
+    address = owner.partition(_AND)[0]
+    try:
+        parsed = ipaddress.IPv6Address(address)
+    except ValueError:  # of IPv4, or a key
+        return address
+    return str(parsed.ipv4_mapped or ipaddress.IPv6Network((parsed.packed, 64), strict=False))

@@ -21,12 +21,13 @@ from petals_chat.errors import (
     InvalidParameterError,
     MaximumLengthExceededError,
     MessageTooLargeError,
+    ModelLoadingError,
     PetalsChatError,
     ProtocolViolationError,
     SessionExpiredError,
     TooManyRequestsError,
 )
-from petals_chat.gateway.answer_log import End, Failed, Followed, Piece, QueuePlace
+from petals_chat.gateway.answer_log import End, Failed, Followed, Loading, Piece, QueuePlace
 from petals_chat.gateway.models import ModelRegistry
 from petals_chat.gateway.parameters import (
     AnswerParameters,
@@ -113,6 +114,11 @@ class _Reply(msgspec.Struct):
 class _Place(msgspec.Struct):
     ok: bool
     queue_place: int
+
+
+class _Waiting(msgspec.Struct):
+    ok: bool
+    waiting_for: str
 
 
 class _AnswerStarted(msgspec.Struct):
@@ -210,6 +216,8 @@ class SessionV2:
         match what:
             case QueuePlace(place):
                 return [SendFrame(_encode(_Place(True, place)).decode())]
+            case Loading():
+                return [SendFrame(_encode(_Waiting(True, ModelLoadingError.code)).decode())]
             case Piece(text, token_count, position):
                 reply = _AnswerReply(True, text, token_count, False, position)
                 return [SendFrame(_encode(reply).decode())]

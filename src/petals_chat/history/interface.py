@@ -155,5 +155,8 @@ class Recording(Protocol):
             PetalsChatError: it cannot be written there.
         """
 
+    def values(self, answer: RunningAnswer) -> dict[str, Any]:
+        """What the answer makes of its message so far: the text, with what it continues, and its figures."""
+
     async def write(self, answer: RunningAnswer) -> None:
         """Write what it comes to, until it has ended. Never raises because of the database."""

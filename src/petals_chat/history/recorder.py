@@ -53,29 +53,7 @@ class _Recording:
             self._visitor, self._where.chat, message, continues=answer.continues
         )
 
-    async def write(self, answer: RunningAnswer) -> None:
-        written = 0
-        while answer.state is AnswerState.ANSWERING:
-            try:
-                async with asyncio.timeout(PERIOD_SECONDS):
-                    await answer.wait_until_ended()
-            except TimeoutError:
-                if len(answer.text) > written and await self._try(self._values(answer)):
-                    written = len(answer.text)
-        for _ in range(LAST_ATTEMPTS):
-            if await self._try(self._values(answer) | self._end(answer)):
-                return
-            await asyncio.sleep(PERIOD_SECONDS)
-        logger.error("the end of an answer could not be written into the history")
-
-    async def _try(self, values: dict[str, Any]) -> bool:
-        try:
-            await self._store.write_answer(self._chat_pk, self._where.message, **values)
-        except PetalsChatError:
-            return False  # the database's trouble is logged there
-        return True
-
-    def _values(self, answer: RunningAnswer) -> dict[str, Any]:
+    def values(self, answer: RunningAnswer) -> dict[str, Any]:
         before = self._before
         assert before is not None
         first = (
@@ -87,6 +65,28 @@ class _Recording:
             "seconds": (before.seconds or 0.0) + answer.seconds,
             "first_token_seconds": first,
         }
+
+    async def write(self, answer: RunningAnswer) -> None:
+        written = 0
+        while answer.state is AnswerState.ANSWERING:
+            try:
+                async with asyncio.timeout(PERIOD_SECONDS):
+                    await answer.wait_until_ended()
+            except TimeoutError:
+                if len(answer.text) > written and await self._try(self.values(answer)):
+                    written = len(answer.text)
+        for _ in range(LAST_ATTEMPTS):
+            if await self._try(self.values(answer) | self._end(answer)):
+                return
+            await asyncio.sleep(PERIOD_SECONDS)
+        logger.error("the end of an answer could not be written into the history")
+
+    async def _try(self, values: dict[str, Any]) -> bool:
+        try:
+            await self._store.write_answer(self._chat_pk, self._where.message, **values)
+        except PetalsChatError:
+            return False  # the database's trouble is logged there
+        return True
 
     def _end(self, answer: RunningAnswer) -> dict[str, Any]:
         failed = answer.state is AnswerState.FAILED

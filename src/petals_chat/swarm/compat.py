@@ -106,9 +106,9 @@ def log_to_stderr(*, debug: bool) -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """All but full attention caches, which are ordinary: clients are told, and wait."""
+    """All but sessions that find no room, or want too much: that is ordinary, and clients are told."""
     error = record.exc_info[1] if record.exc_info else None
-    return type(error).__name__ != "AllocationFailed"
+    return type(error).__name__ != "AllocationFailed" and "Cannot allocate KV cache" not in str(error)
 
 
 class CalmFormatter(logging.Formatter):

@@ -15,12 +15,17 @@ import itertools
 import logging
 import re
 import uuid
-from collections.abc import Container, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
-from petals_chat.errors import AttentionCacheFullError, MissingBlocksError, SwarmUnreachableError
+from petals_chat.errors import (
+    AttentionCacheFullError,
+    MaximumLengthExceededError,
+    MissingBlocksError,
+    SwarmUnreachableError,
+)
 from petals_chat.swarm import compat
 
 compat.install()
@@ -36,6 +41,8 @@ from petals.utils.misc import DUMMY, DUMMY_INT64
 from petals.utils.packaging import pack_args_kwargs
 
 logger = logging.getLogger(__name__)
+
+_Refusal = AttentionCacheFullError | MaximumLengthExceededError
 
 CLOSE_TIMEOUT_SECONDS = 2.0
 REPLAY_TOKENS = 512
@@ -100,6 +107,7 @@ class SwarmSession:
 
         Raises:
             SwarmError, AttentionCacheFullError: after the last attempt.
+            MaximumLengthExceededError: servers allow no session of ``max_length`` tokens, but one of its ``limit``.
         """
         assert self.position + hidden_states.shape[1] <= self.max_length, "the owner opens a larger session"
         step_id = str(uuid.uuid4())
@@ -122,17 +130,17 @@ class SwarmSession:
     ) -> torch.Tensor:
         attempt = 0
         is_lost = False
-        full_servers: set[PeerID] = set()
+        refusals: dict[PeerID, _Refusal] = {}
         while True:
             try:
                 if is_lost or index == len(self._servers):
-                    await self._replace_servers(index, block, full_servers)
+                    await self._replace_servers(index, block, refusals)
                 return await self._servers[index].step(inputs, step_id, self._servers[index + 1 :])
-            except _ServerFull as error:
+            except _ServerRefused as error:
                 # Not a failure of the server: nobody else has to avoid it, and waiting here would not help.
-                full_servers.add(error.span.peer_id)
+                refusals[error.span.peer_id] = error.refusal
                 self._routing.note_full(error.span)
-            except AttentionCacheFullError:
+            except (AttentionCacheFullError, MaximumLengthExceededError):
                 raise
             except Exception as error:
                 attempt += 1
@@ -143,19 +151,20 @@ class SwarmSession:
                 await asyncio.sleep(delay)
             is_lost = True
 
-    async def _replace_servers(self, index: int, block: int, full_servers: Container[PeerID]) -> None:
+    async def _replace_servers(self, index: int, block: int, refusals: Mapping[PeerID, _Refusal]) -> None:
         """Put a new chain in the place of server ``index``, which begins with ``block``, and repeat its past there.
 
         Raises:
-            AttentionCacheFullError: the best chain still has one of the ``full_servers``.
+            AttentionCacheFullError, MaximumLengthExceededError: the best chain still has a server with one of the
+                ``refusals``, of which this is the first.
         """
         replaced = self._servers[index : index + 1]
         end = replaced[0].span.end if replaced else self._routing.num_blocks
         for server in replaced:
             await server.close()
         spans = await self._routing.find_servers(block, end, self.max_length)
-        if any(span.peer_id in full_servers for span in spans):
-            raise AttentionCacheFullError
+        for refusal in (refusals[span.peer_id] for span in spans if span.peer_id in refusals):
+            raise refusal
         schema = await self._routing.tensor_schema(spans[0])
         servers = [_ServerSession(self._routing, span, schema, self.max_length) for span in spans]
         try:
@@ -199,8 +208,8 @@ class _ServerSession:
         try:
             outputs = await self._step(inputs, step_id, followers)
         except Exception as error:
-            if _says_full(error):
-                raise _ServerFull(self.span) from error
+            if refusal := _refusal_in(error):
+                raise _ServerRefused(self.span, refusal) from error
             self._routing.note_failure(self.span)
             raise
         self._routing.note_success(self.span)
@@ -274,12 +283,13 @@ class _ServerUnreachable(Exception):
         self.span = span
 
 
-class _ServerFull(Exception):
-    """A server has no memory left for the attention caches of this session."""
+class _ServerRefused(Exception):
+    """A server does not take this session."""
 
-    def __init__(self, span: RemoteSpanInfo) -> None:
-        super().__init__(f"server {span.peer_id} has no room for another session")
+    def __init__(self, span: RemoteSpanInfo, refusal: _Refusal) -> None:
+        super().__init__(f"server {span.peer_id} takes no such session")
         self.span = span
+        self.refusal = refusal
 
 
 class _Stream:
@@ -329,10 +339,19 @@ def _joined(pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return list(torch.split(torch.cat(list(pieces), dim=1), REPLAY_TOKENS, dim=1)) if pieces else []
 
 
-def _says_full(error: Exception) -> bool:
-    """Errors of servers arrive as text only."""
+def _refusal_in(error: Exception) -> _Refusal | None:
+    """Why a server does not take a session. Errors of servers arrive as text only."""
+    if not isinstance(error, P2PHandlerError):
+        return None
     text = str(error)
-    return isinstance(error, P2PHandlerError) and ("AllocationFailed" in text or "Could not allocate" in text)
+    if "AllocationFailed" in text or "Could not allocate" in text:
+        return AttentionCacheFullError()
+    if too_long := re.search(r"Cannot allocate KV cache for \d+ tokens, max = (\d+)", text):
+        limit = int(too_long[1])
+        return MaximumLengthExceededError(
+            f"the machines of the swarm allow {limit} tokens in one context", limit=limit
+        )
+    return None
 
 
 def _translate(error: Exception) -> MissingBlocksError | SwarmUnreachableError:

@@ -315,6 +315,15 @@ async def test_what_is_not_there_gets_an_error_of_the_same_shape(
     assert f"{method} {path}" in error["message"]
 
 
+@pytest.mark.parametrize(("path", "code"), [("models/a%0Ab", "model_not_found"), ("a%0Ab/c", "unknown_url")])
+async def test_a_line_break_in_an_address_is_like_any_other_letter(
+    gateway: Gateway, path: str, code: str
+) -> None:
+    response = await gateway.http.get(f"/v1/{path}")
+    assert response.status_code == 404
+    assert (await error_of(response))["code"] == code
+
+
 async def test_the_documentation_has_the_fields(gateway: Gateway) -> None:
     paths = (await gateway.http.get("/openapi.json")).json()["paths"]
     for path, prompt in ((CHAT, "messages"), (COMPLETIONS, "prompt")):

@@ -44,6 +44,13 @@ def read(style: ToolStyle, text: str, *, size: int, **options: Any) -> tuple[str
         ),
         (ToolStyle.HERMES, "<tool_call>nothing</tool_call>", "<tool_call>nothing</tool_call>", []),
         (ToolStyle.HERMES, '<tool_call>{"name": "no"}', '<tool_call>{"name": "no"}', []),
+        (ToolStyle.HERMES, '<tool_call>{"name": ["time"]}', '<tool_call>{"name": ["time"]}', []),
+        (
+            ToolStyle.HERMES,
+            '<tool_call>{"name": "time", "arguments": {"a": NaN}}',
+            '<tool_call>{"name": "time", "arguments": {"a": NaN}}',
+            [],
+        ),
         (ToolStyle.MISTRAL, f"[TOOL_CALLS][{PARIS}, {ROME}]", "", ["weather", "time"]),
         (ToolStyle.MISTRAL, f"[TOOL_CALLS] {PARIS}", "", ["weather"]),
         (ToolStyle.MISTRAL, "[TOOL", "[TOOL", []),
@@ -72,6 +79,12 @@ def test_text_is_not_held_back_longer_than_it_may_be_a_call() -> None:
 def test_only_the_first_call_counts_where_one_is_wanted() -> None:
     text = f"<tool_call>{PARIS}</tool_call><tool_call>{ROME}</tool_call>"
     assert read(ToolStyle.HERMES, text, size=5, only_one=True) == ("", [("weather", {"city": "Paris"})])
+
+
+@pytest.mark.parametrize("arguments", ['{"city": "\\ud800"}', '"{\\"city\\": \\"\\ud800\\"}"'])
+def test_half_a_character_in_an_argument_can_be_sent(arguments: str) -> None:
+    text = f'<tool_call>{{"name": "time", "arguments": {arguments}}}'
+    assert read(ToolStyle.HERMES, text, size=1000) == ("", [("time", {"city": "?"})])
 
 
 def test_an_argument_may_be_json_as_text() -> None:

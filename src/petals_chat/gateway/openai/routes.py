@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 from fastapi import APIRouter
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -60,6 +61,15 @@ _TAG = "OpenAI-compatible API"
 _RESPONSE_FIELDS = {"inputs": "input", "messages": "input", "grammar": "text", "response_format": "text"}
 _ALL_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
 
+
+class _TextConvertor(StringConvertor):
+    """Any rest of an address, also with line breaks, which Starlette's ``path`` leaves out."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("text", _TextConvertor())
+
 OnChunk = Callable[[Choice, Chunk], Awaitable[None]]
 
 
@@ -94,7 +104,7 @@ class OpenAI:
         router = APIRouter(prefix="/v1", tags=[_TAG])
         add = partial(router.add_api_route, responses=openapi.FAILURES)
         add("/models", self.list_models, response_model=openapi.ModelList)
-        add("/models/{name:path}", self.retrieve_model, response_model=openapi.Model)
+        add("/models/{name:text}", self.retrieve_model, response_model=openapi.Model)
         for path, endpoint, parameters, reply in (
             ("/chat/completions", self.chat_completions, ChatParameters, openapi.ChatCompletion),
             ("/completions", self.completions, CompletionParameters, openapi.Completion),
@@ -109,7 +119,7 @@ class OpenAI:
                 openapi_extra=openapi.request_body(parameters),
             )
         router.add_api_route(
-            "/{path:path}", self.unknown_address, methods=_ALL_METHODS, include_in_schema=False
+            "/{path:text}", self.unknown_address, methods=_ALL_METHODS, include_in_schema=False
         )
         return router
 
@@ -136,10 +146,13 @@ class OpenAI:
         models = [self._describe(model) for model in self._models if client.may_use(model.key)]
         return _json({"object": "list", "data": models})
 
-    async def retrieve_model(self, name: str) -> Response:
+    async def retrieve_model(self, request: Request, name: str) -> Response:
         """Describe a model."""
         try:
-            return _json(self._describe(self._models.find(name)))
+            model = self._models.find(name)
+            if not self._clients.of(owner_of(request)).may_use(model.key):
+                raise ModelNotAllowedError(model.key)
+            return _json(self._describe(model))
         except PetalsChatError as error:
             return self._failure(error)
 

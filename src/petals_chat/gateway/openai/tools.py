@@ -10,7 +10,7 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from petals_chat.protocol.messages import ToolCall, ToolStyle
 
@@ -156,12 +156,14 @@ class ToolCallReader:
             values = [_json_of(part) for part in parts if part.strip()]
         calls = []
         for value in values:
-            if not isinstance(value, dict) or value.get("name") not in names:
+            name = value.get("name") if isinstance(value, dict) else None
+            if not isinstance(name, str) or name not in names:
                 return []
             arguments = value.get(style.arguments, value.get("arguments", {}))
             if not isinstance(arguments, str):
                 arguments = json.dumps(arguments, ensure_ascii=False)
-            calls.append(ToolCall(new_call_id(), value["name"], arguments))
+            # JSON can spell half a character ("\\ud800"), which no reply can have.
+            calls.append(ToolCall(new_call_id(), name, arguments.encode(errors="replace").decode()))
         return calls
 
 
@@ -183,9 +185,14 @@ def _united(schemas: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _json_of(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return None
+
+
+def _refuse(constant: str) -> NoReturn:
+    """Raise for what Python takes for JSON, and others do not."""
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _overlap(text: str, begin: str) -> int:
