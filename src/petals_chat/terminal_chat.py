@@ -135,6 +135,11 @@ def printable(text: str) -> str:
     )
 
 
+def _is_same_server(url: str, other: str) -> bool:
+    old, new = urlsplit(url), urlsplit(other)
+    return old.hostname == new.hostname and new.scheme in (old.scheme, "https")
+
+
 class Server:
     """A Petals Chat server.
 
@@ -162,13 +167,18 @@ class Server:
         try:
             with urllib.request.urlopen(self.url + path, timeout=_CONNECT_SECONDS) as response:  # noqa: S310
                 models = msgspec.json.decode(response.read(), type=_ModelList).models
-                self.url = response.url.removesuffix(path)
+                moved_to = response.url.removesuffix(path)
         except (urllib.error.HTTPError, msgspec.MsgspecError):
             raise ChatError(f"{self.url} answers, but is no Petals Chat server") from None
         except urllib.error.URLError as error:
             raise ChatError(f"{self.url} cannot be reached: {_reason(error.reason)}") from None
         except OSError as error:
             raise ChatError(f"{self.url} cannot be reached: {_reason(error)}") from None
+        if self.headers and not _is_same_server(self.url, moved_to):
+            raise ChatError(
+                f"{self.url} leads to {moved_to}, which is another server: it would get the API key"
+            )
+        self.url = moved_to
         return models
 
     @property

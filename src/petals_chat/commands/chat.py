@@ -158,7 +158,7 @@ def _print_answer(chat: Chat, question: str) -> None:
 def _api_key(text: str) -> str:
     if text.startswith("@"):
         try:
-            text = Path(text[1:]).read_text().strip()
+            text = Path(text[1:]).expanduser().read_text().strip()
         except (OSError, UnicodeError) as error:
             raise argparse.ArgumentTypeError(f"{text[1:]} cannot be read: {error}") from None
     if not text.isascii() or not text.isprintable() or not text:

@@ -150,7 +150,8 @@ class Context:
             else:
                 try:
                     hidden = await self._step(self._caches)
-                except AttentionCacheFullError:  # a server was lost, and its substitute has no room
+                except (AttentionCacheFullError, MaximumLengthExceededError):
+                    # A server was lost, and its substitute has no room, or not for so long a session.
                     await self.drop_caches()
                     continue
             if self.cached_tokens == len(self.tokens):
@@ -198,6 +199,8 @@ class Context:
             hidden = await self._step(caches)
         except MaximumLengthExceededError as error:
             await caches.close()
+            if error.limit >= size:
+                raise  # it does not keep its word
             self._swarm.longest_caches = error.limit
             if len(self.tokens) > error.limit:
                 raise

@@ -29,6 +29,8 @@ LOOK_AGAIN_SECONDS = 0.5
 """Other gateways do not say when they free memory."""
 PATIENCE_SECONDS = 5.0
 """Whoever finds no room for this time, though nothing here holds any, lets the others in the queue try first."""
+SPARING_SECONDS = 30.0
+"""Whoever found no room though nothing here held any, takes none from others for this time."""
 EXPIRY_CHECK_SECONDS = 5.0
 
 
@@ -83,6 +85,8 @@ class _Waiter:
         """Set when it may try, when it wants no more, and when it was displaced."""
         self.is_displaced = False
         """Its place in the queue was given to somebody else's."""
+        self.spares_residents_until = 0.0
+        """Until then it takes nothing from residents."""
         self.is_return = is_return
         self._applicant = applicant
         self._place = 0
@@ -237,18 +241,18 @@ class RoomQueue:
         self._queue_up(resident.owner, waiter)
         try:
             async with asyncio.timeout(self._timeout):
-                while True:
+                while not applicant.cancelled:
                     await waiter.turn.wait()
                     if waiter.is_displaced:
                         raise AttentionCacheFullError(
                             "too many others wait for room, and more of yours already"
                         )
-                    if applicant.cancelled:
-                        return None
-                    with contextlib.suppress(_NoRoomForNow):
-                        return await self._take_turn(resident, attempt, applicant)
-                    self._remove(resident.owner, waiter)
-                    self._queue_up(resident.owner, waiter)
+                    try:
+                        return await self._take_turn(resident, attempt, applicant, waiter)
+                    except _NoRoomForNow:
+                        self._remove(resident.owner, waiter)
+                        self._queue_up(resident.owner, waiter)
+                return None
         except TimeoutError:
             raise AttentionCacheFullError(f"no room came free within {self._timeout:g} s") from None
         finally:
@@ -257,9 +261,15 @@ class RoomQueue:
             self._advance()
 
     async def _take_turn(
-        self, resident: Resident, attempt: Callable[[bool], Awaitable[Result]], applicant: Applicant
+        self,
+        resident: Resident,
+        attempt: Callable[[bool], Awaitable[Result]],
+        applicant: Applicant,
+        waiter: _Waiter,
     ) -> Result | None:
         """Try until there is room, taking it from residents; None if the applicant was cancelled.
+
+        Residents whose room was not enough are left alone for a while.
 
         Raises:
             _NoRoomForNow: it is not residents who have the room.
@@ -270,9 +280,15 @@ class RoomQueue:
             try:
                 result = await attempt(True)
             except AttentionCacheFullError:
+                if _now() < waiter.spares_residents_until:
+                    await asyncio.sleep(LOOK_AGAIN_SECONDS)
+                    if self._queues:
+                        raise _NoRoomForNow from None
+                    continue
                 if self._stays:
                     last_resident = _now()
                 elif self._queues and _now() - last_resident > PATIENCE_SECONDS:
+                    waiter.spares_residents_until = _now() + SPARING_SECONDS
                     raise _NoRoomForNow from None
                 await self._make_room(applicant)
             else:

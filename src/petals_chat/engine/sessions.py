@@ -242,6 +242,7 @@ class Session:
     ) -> torch.Tensor | None:
         new_tokens = None if request.max_new_tokens is None else request.max_new_tokens - generated
         if not self._context.lacks_one_token:
+            self._model.batcher.forget(self._trip)  # a prompt takes longer; nobody shall wait for it
             return await self._context.feed(new_tokens, consumer)
         with self._model.batcher.expecting(self._trip):
             return await self._context.feed(new_tokens, consumer)

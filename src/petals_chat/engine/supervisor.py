@@ -1,7 +1,8 @@
 """The engine: for each model its worker processes and, for a private swarm, a Petals host, kept alive.
 
 A process that ends is started again, after a pause that doubles with each failure in a row. A model of which
-no worker is running fails its requests at once with the reason; other models and the gateway go on.
+no worker is running fails its requests at once with the reason (it is being loaded, or cannot be); other models and the
+gateway go on.
 """
 
 from __future__ import annotations

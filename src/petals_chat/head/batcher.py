@@ -30,7 +30,8 @@ MAX_ROWS = 64
 INLINE_SECONDS = 0.001
 """A head whose row takes longer than this goes to the thread."""
 LATE = 2.0
-"""A step that has been away this many times as long as the session's last one is not waited for."""
+"""A step that has been away this many times as long as the session's last one is not waited for; nor one that is
+a whole batch late."""
 
 _Row = tuple[torch.Tensor, TokenSampler, asyncio.Future[int]]
 
@@ -103,6 +104,8 @@ class HeadBatcher:
         loop = asyncio.get_running_loop()
         result: asyncio.Future[int] = loop.create_future()
         self._waiting.append((hidden_state, sampler, result))
+        if len(self._waiting) >= MAX_ROWS:
+            self._all_came.set()
         if self._thread is None:
             if not self._is_scheduled:
                 self._is_scheduled = True
@@ -179,7 +182,8 @@ class HeadBatcher:
             for trip in list(self._under_way):
                 if trip.last_seconds is None or trip.began + trip.last_seconds > limit:
                     continue
-                if (late := trip.began + LATE * trip.last_seconds) > now:
+                grace = min((LATE - 1) * trip.last_seconds, max(self._last_seconds))
+                if (late := trip.began + trip.last_seconds + grace) > now:
                     self._awaited.add(trip)
                     until = max(until, late)
                 else:

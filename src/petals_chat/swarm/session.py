@@ -139,7 +139,8 @@ class SwarmSession:
             except _ServerRefused as error:
                 # Not a failure of the server: nobody else has to avoid it, and waiting here would not help.
                 refusals[error.span.peer_id] = error.refusal
-                self._routing.note_full(error.span)
+                if isinstance(error.refusal, AttentionCacheFullError):
+                    self._routing.note_full(error.span)
             except (AttentionCacheFullError, MaximumLengthExceededError):
                 raise
             except Exception as error:
@@ -243,6 +244,8 @@ class _ServerSession:
         outputs: torch.Tensor = deserialize_torch_tensor(response.tensors[0])
         if outputs.shape != inputs.shape:
             raise ValueError(f"the server answered {tuple(inputs.shape)} with {tuple(outputs.shape)}")
+        if outputs.isnan().any():  # it would spoil the whole batch of the head
+            raise ValueError("the server answered with something that is no number")
         return outputs
 
     async def _connect(self) -> _Stream:
@@ -346,7 +349,7 @@ def _refusal_in(error: Exception) -> _Refusal | None:
     text = str(error)
     if "AllocationFailed" in text or "Could not allocate" in text:
         return AttentionCacheFullError()
-    if too_long := re.search(r"Cannot allocate KV cache for \d+ tokens, max = (\d+)", text):
+    if too_long := re.search(r"Cannot allocate KV cache for \d+ tokens, max = (\d{1,9})\b", text):
         limit = int(too_long[1])
         return MaximumLengthExceededError(
             f"the machines of the swarm allow {limit} tokens in one context", limit=limit
