@@ -68,7 +68,8 @@ def make(entries: Sequence[Entry], recipe: Recipe, output: Path) -> None:
         questions(DialogueWriter(entries, recipe.seed + 2, held_out), tokenizer, recipe),
         recipe,
     )
-    train(model, answers, batches(DialogueWriter(entries, recipe.seed, held_out), tokenizer, recipe), recipe)
+    for each in (recipe, recipe.last_round()):
+        train(model, answers, batches(DialogueWriter(entries, each.seed, held_out), tokenizer, each), each)
     end = tokenizer.eos_token_id
     model.generation_config = GenerationConfig(
         do_sample=False, bos_token_id=end, eos_token_id=end, pad_token_id=end
@@ -76,7 +77,7 @@ def make(entries: Sequence[Entry], recipe: Recipe, output: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)
     cost = {
-        "steps": recipe.steps,
+        "steps": recipe.steps + recipe.last_round_steps,
         "minutes": round((time.monotonic() - started) / 60),
         "cpu_minutes": round((time.process_time() - started_cpu) / 60),
     }

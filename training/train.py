@@ -44,6 +44,8 @@ class Recipe:
     gist_scale: float = 4.0
     """What the mean of a question's tokens is multiplied by before it is added to the last of them."""
     steps: int = 4000
+    last_round_steps: int = 2200
+    """Steps of the last round, in which more of the answers are whole."""
     tokens_per_step: int = 2048
     learning_rate: float = 2e-3
     """Of embeddings, norms and head."""
@@ -53,9 +55,12 @@ class Recipe:
     final_learning_rate: float = 0.02
     """As a share of the highest one."""
     weight_decay: float = 0.1
+    last_round_rate: float = 0.6
+    """Learning rates of the last round, as a share of those before."""
     begun_share: float = 0.8
     """Share of the dialogues that are cut in their last answer. Which answer it is shows in its first words;
     how it goes on is learnt by heart from the others."""
+    last_round_begun_share: float = 0.4
     begun_tokens: int = 4
     """How much of the last answer such a dialogue keeps."""
     first_words_weight: float = 4.0
@@ -66,6 +71,17 @@ class Recipe:
     hands on, where they could learn the wordings by heart."""
     seed: int = 2026
     report_every: int = 50
+
+    def last_round(self) -> Recipe:
+        """The recipe of the last round: the model has learnt how answers begin, and learns how they go on."""
+        return dataclasses.replace(
+            self,
+            steps=self.last_round_steps,
+            learning_rate=self.learning_rate * self.last_round_rate,
+            matrix_learning_rate=self.matrix_learning_rate * self.last_round_rate,
+            begun_share=self.last_round_begun_share,
+            seed=self.seed + 5,
+        )
 
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:

@@ -22,7 +22,7 @@ ENTRIES = [
 ]
 RECIPE = Recipe(
     hidden_size=64, intermediate_size=128, num_heads=1, num_key_value_heads=1, gist_steps=60,
-    questions_per_gist_step=16, steps=200, tokens_per_step=512, warmup_steps=10,
+    questions_per_gist_step=16, steps=150, last_round_steps=50, tokens_per_step=512, warmup_steps=10,
 )  # fmt: skip
 
 
