@@ -246,7 +246,6 @@ async def test_copying_works_without_a_secure_context(browser: Browser, gateway:
         await chat.ask("Something?")
         await expect(chat.send).to_be_visible()
         await chat.page.get_by_role("button", name="Copy code").click()
-        await expect(chat.page.get_by_role("button", name="Copied")).to_be_visible()
         await chat.message.press("Control+v")
         await expect(chat.message).to_have_value("let a = 1;")
 

@@ -90,8 +90,10 @@ async def copied(chat: ChatPage) -> str:
     await expect(chat.send).to_be_visible(timeout=PATIENCE_MILLISECONDS)
     await chat.page.evaluate("navigator.clipboard.writeText('')")
     await chat.page.locator(".answer").last.get_by_role("button", name="Copy", exact=True).click()
-    await expect(chat.page.get_by_role("button", name="Copied", exact=True)).to_be_visible()
-    text: str = await chat.page.evaluate("navigator.clipboard.readText()")
+    text = ""
+    async with asyncio.timeout(PATIENCE_MILLISECONDS / 1000):
+        while not text:
+            text = await chat.page.evaluate("navigator.clipboard.readText()")
     return text
 
 
