@@ -23,6 +23,14 @@ PREFILL_CHUNK_TOKENS = 16
 SESSION_TOKENS = 400
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama that never ends by itself, for tests that start and stop hosts of their own."""
+    directory = write_tiny_model(tmp_path_factory.mktemp("model"), "llama", vocab_size=400, eos_token_id=None)
+    save_tokenizer("byte_level", directory)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """By tokenizer kind: the same random weights with that tokenizer. "reciting": the model with scripts."""

@@ -29,7 +29,7 @@ from petals_chat.settings import (
 from petals_chat.swarm.host_options import HostReady
 from tests.engine.generating import collect, text_of
 from tests.swarm_processes import running_host
-from tests.tiny_models import greedy_tokens, load_reference, write_tiny_model
+from tests.tiny_models import greedy_tokens, load_reference
 from tests.tiny_tokenizers import save_tokenizer
 
 USERS = 12
@@ -39,13 +39,6 @@ CACHE_TOKENS = 256
 TIMEOUT_SECONDS = 120
 
 Serve = Callable[..., AbstractAsyncContextManager[ProcessEngine]]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = write_tiny_model(tmp_path_factory.mktemp("model"), "llama", vocab_size=400, eos_token_id=None)
-    save_tokenizer("byte_level", directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

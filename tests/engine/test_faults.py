@@ -16,7 +16,7 @@ from petals_chat.errors import MissingBlocksError, SwarmUnreachableError
 from petals_chat.protocol.messages import GenerationRequest
 from petals_chat.settings import Dtype, EngineSettings, ModelSettings, Settings, SwarmSettings
 from tests.swarm_processes import HostProcess
-from tests.tiny_models import greedy_tokens, load_reference, write_tiny_model
+from tests.tiny_models import greedy_tokens, load_reference
 from tests.tiny_tokenizers import save_tokenizer
 
 TIMEOUT_SECONDS = 60
@@ -66,13 +66,6 @@ class Replicas:
 
     def cpu_seconds(self) -> dict[tuple[str, int], float]:
         return {key: cpu_seconds(host) for key, host in self.hosts.items()}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = write_tiny_model(tmp_path_factory.mktemp("model"), "llama", vocab_size=400, eos_token_id=None)
-    save_tokenizer("byte_level", directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

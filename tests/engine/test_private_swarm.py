@@ -20,19 +20,12 @@ from petals_chat.settings import Dtype, EngineSettings, ModelSettings, Settings,
 from petals_chat.swarm.host_options import HostReady
 from tests.engine.generating import collect, text_of
 from tests.swarm_processes import HostProcess
-from tests.tiny_models import greedy_tokens, load_reference, write_tiny_model
+from tests.tiny_models import greedy_tokens, load_reference
 from tests.tiny_tokenizers import save_tokenizer
 
 TIMEOUT_SECONDS = 600
 PROMPT = "Hello, many machines"
 NEW_TOKENS = 12
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = write_tiny_model(tmp_path_factory.mktemp("model"), "llama", vocab_size=400, eos_token_id=None)
-    save_tokenizer("byte_level", directory)
-    return directory
 
 
 @contextlib.contextmanager

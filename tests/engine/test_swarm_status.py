@@ -20,8 +20,6 @@ from petals_chat.swarm.host_options import HostReady
 from tests.engine.generating import collect
 from tests.fakes import swarm_status
 from tests.swarm_processes import HostProcess
-from tests.tiny_models import write_tiny_model
-from tests.tiny_tokenizers import save_tokenizer
 
 TIMEOUT_SECONDS = 60
 CACHE_TOKENS = 128
@@ -57,13 +55,6 @@ class Hosts:
 
     def peer_id(self, name: str) -> str:
         return self.ready[name].peers[0].rpartition("/p2p/")[2]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = write_tiny_model(tmp_path_factory.mktemp("model"), "llama", vocab_size=400, eos_token_id=None)
-    save_tokenizer("byte_level", directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
