@@ -10,12 +10,17 @@ export class RequestError extends Error {
   }
 }
 
+/** What is asked again when it fails may not hang: not longer than a large chat takes over a slow line. */
+const LONGEST_READ_SECONDS = 60;
+
 /** The JSON reply of the server. Throws a `RequestError`. */
-export async function request<T>(method: string, path: string, body?: unknown): Promise<T> {
+export async function request<T>(method: string, path: string, body?: unknown, seconds?: number): Promise<T> {
+  if (method === "GET") seconds ??= LONGEST_READ_SECONDS;
   let response: Response;
   try {
     response = await fetch(path, {
       method,
+      ...(seconds === undefined ? {} : { signal: AbortSignal.timeout(seconds * 1000) }),
       ...(body === undefined ? {} : { body: JSON.stringify(body), headers: { "Content-Type": "application/json" } }),
     });
   } catch {

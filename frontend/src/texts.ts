@@ -216,6 +216,7 @@ export const texts = {
     imported: (count: number) => plural(count, "One chat was imported.", "# chats were imported."),
     notFound: "This chat is not there any more.",
     loadFailed: "The chat could not be opened. Try again in a moment.",
+    loadWaits: "The server cannot be reached. The chat is opened as soon as it is back…",
     listFailed: "The list of chats could not be loaded. Trying again…",
   },
 
@@ -258,6 +259,7 @@ export const texts = {
   failureElse: "Something went wrong on the server. Try again; if it stays like this, tell the people who run it.",
   missingBlocks: (name: string) => `Nobody is running some of the parts of ${name} right now.`,
   tryAgain: "Try again",
+  tryNow: "Try now",
   startAnew: "Start a new chat",
   dropOldest: "Leave out the oldest messages",
   stopped: "You stopped this answer.",

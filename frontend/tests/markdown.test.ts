@@ -1,6 +1,7 @@
 import { expect, test } from "vitest";
 
 import { GrowingMarkdown } from "../src/markdown/blocks";
+import { firstStep, isAllDrawn, nextStep, pieceBegins } from "../src/markdown/drawn";
 import { languageOf, markdown } from "../src/markdown/syntax";
 
 const DOCUMENTS = [
@@ -29,6 +30,16 @@ test.each(DOCUMENTS)("Markdown that grows letter by letter ends as if it had com
   seen.forEach((source, index) => expect(atOnce[index]?.source.trim()).toBe(source.trim()));
 });
 
+test("a long list that grows line by line ends as if it had come at once", () => {
+  const ordered = Array.from({ length: 170 }, (_, index) => `${index + 3}. item\n     - nested\n`).join("");
+  const document = `${ordered}\nEnd\n\n${"* x\n\n  y\n".repeat(110)}`;
+  const growing = new GrowingMarkdown();
+  for (let end = 0; end >= 0; end = document.indexOf("\n", end + 1)) growing.read(document.slice(0, end), true);
+  const blocks = growing.read(document, false);
+  expect(blocks).toEqual(new GrowingMarkdown().read(document, false));
+  expect(blocks).toHaveLength(8);
+});
+
 test("only the end of a long text is read again", () => {
   const growing = new GrowingMarkdown();
   const paragraphs = Array.from({ length: 200 }, (_, index) => `Paragraph ${index}.`).join("\n\n");
@@ -48,9 +59,31 @@ test.each(["\r\n", "\r"])("lines may end as they like: %j", (end) => {
 
 test("a long block that grows is shown as it is written, until its end", () => {
   const growing = new GrowingMarkdown();
-  const list = "- an **item**\n".repeat(1000);
-  expect(growing.read(`${list}- an **open`, true)).toMatchObject([{ isRaw: true, source: `${list}- an **open` }]);
-  expect(growing.read(`${list}- an **open** one`, false)).toMatchObject([{ isRaw: false }]);
+  const paragraph = "some **words**\n".repeat(1000);
+  expect(growing.read(`${paragraph}and **open`, true)).toMatchObject([{ isRaw: true, source: `${paragraph}and **open` }]);
+  expect(growing.read(`${paragraph}and **open** ones`, false)).toMatchObject([{ isRaw: false }]);
+});
+
+test("a long list is several blocks, of which only the last ones are read again", () => {
+  const growing = new GrowingMarkdown();
+  const list = Array.from({ length: 1000 }, (_, index) => `${index + 1}. an **item**\n`).join("");
+  const before = growing.read(`Text\n\n${list}1001. an **open`, true);
+  expect(before).toHaveLength(22);
+  expect(before.map(({ isContinued }) => isContinued)).toEqual([false, false, ...Array(20).fill(true)]);
+  expect(before.at(-1)).toMatchObject({ isRaw: false, source: "1001. an **open**" });
+  const after = growing.read(`Text\n\n${list}1001. an **open** one\n\nEnd`, false);
+  expect(after.slice(0, 20).every((block, index) => block === before[index])).toBe(true);
+  expect(after.map(({ isContinued }) => isContinued)).toEqual([false, false, ...Array(20).fill(true), false]);
+});
+
+test("a long table is drawn in steps, with its head in each", () => {
+  const head = "| a | b |\n| - | - |";
+  const rows = Array.from({ length: 250 }, (_, index) => `| ${index} | x |`);
+  const [table] = new GrowingMarkdown().read([head, ...rows].join("\n"), false);
+  const steps = [table!.source, ...table!.moreRows].map((source) => source.split("\n"));
+  expect(steps.map((lines) => lines.length)).toEqual([102, 102, 52]);
+  expect(steps.every((lines) => lines.slice(0, 2).join("\n") === head)).toBe(true);
+  expect(steps.flatMap((lines) => lines.slice(2))).toEqual(rows);
 });
 
 test("what is open in the growing block is closed", () => {
@@ -91,4 +124,46 @@ test("a language is a name, not markup", () => {
   expect(languageOf('"><script>')).toBe("");
   expect(languageOf("c++")).toBe("c++");
   expect(languageOf(undefined)).toBe("");
+});
+
+const paragraphs = (count: number) => new GrowingMarkdown().read("Ten letters.\n\n".repeat(count), false);
+
+test.each([1, 40, 500])("a long answer of %d blocks is drawn from its end in whole pieces, until all of it is there", (count) => {
+  const blocks = paragraphs(count);
+  let drawn = firstStep(blocks, 1000, true);
+  expect(drawn.end).toBe(count);
+  const begins = [drawn.begin];
+  while (!isAllDrawn(blocks, drawn)) begins.push((drawn = nextStep(blocks, drawn, 1000)).begin);
+  expect(begins.at(-1)).toBe(0);
+  begins.forEach((begin, index) => {
+    expect(pieceBegins(blocks)).toContain(begin);
+    expect((begins[index - 1] ?? count) - begin).toBeLessThan(1000 / "Ten letters.".length + 32 + 1);
+  });
+});
+
+test("pieces are bounded by blocks and by characters, and stay where they are when more comes", () => {
+  expect(pieceBegins(paragraphs(100))).toEqual([0, 32, 64, 96]);
+  const long = new GrowingMarkdown().read(`${"x".repeat(1500)}\n\n`.repeat(5), false);
+  expect(pieceBegins(long)).toEqual([0, 2, 4]);
+  expect(pieceBegins(long.slice(0, 3))).toEqual([0, 2]);
+});
+
+test("what comes while an answer is drawn goes before what is above", () => {
+  const drawn = firstStep(paragraphs(500), 1000, true);
+  const longer = paragraphs(600);
+  const next = nextStep(longer, drawn, 600);
+  expect(next.begin).toBe(drawn.begin);
+  expect(next.end).toBe(550);
+});
+
+test("an answer that is read from its beginning is drawn from there", () => {
+  expect(firstStep(paragraphs(500), 1200, false)).toEqual({ begin: 0, end: 100 });
+});
+
+test("however much is behind, it is made up for in some steps", () => {
+  const blocks = paragraphs(10_000);
+  let drawn = firstStep(blocks, 500, false);
+  let steps = 0;
+  for (; !isAllDrawn(blocks, drawn); steps++) drawn = nextStep(blocks, drawn, 500);
+  expect(steps).toBeLessThan(120);
 });

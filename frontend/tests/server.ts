@@ -24,6 +24,8 @@ export class FakeServer {
   readonly cuts: number[] = [];
   /** Whether it can be reached at all. */
   isUp = true;
+  /** Attempts to connect get no reply at all. */
+  isSilent = false;
   made = 0;
   isStopped = false;
   hasForgotten = false;
@@ -83,6 +85,7 @@ class FakeSocket implements Socket {
     this.#server = server;
     this.#framesLeft = framesLeft;
     setTimeout(() => {
+      if (server.isSilent) return;
       if (!server.isUp) return this.lose();
       this.#isOpen = true;
       this.onopen?.();

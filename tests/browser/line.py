@@ -1,4 +1,7 @@
-"""The line between a browser and a server: a TCP forwarder that a test can cut and mend."""
+"""The line between a browser and a server: a TCP forwarder that a test can cut and mend.
+
+Where there is no server, it breaks the connection.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,11 @@ class Line:
             self._server = None
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        server_reader, server_writer = await asyncio.open_connection(self._host, int(self._port))
+        try:
+            server_reader, server_writer = await asyncio.open_connection(self._host, int(self._port))
+        except ConnectionError:
+            writer.transport.abort()
+            return
         writers = {writer, server_writer}
         self._writers |= writers
         try:

@@ -6,7 +6,8 @@ import asyncio
 import random
 import signal
 import socket
-from contextlib import ExitStack, suppress
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -50,9 +51,14 @@ class RealServer:
         """Return when its model is ready."""
         self._server = self._watch.enter_context(running_server(self._config))
 
-    async def start_beside(self) -> None:
-        """As `start`, while the page goes on."""
-        await asyncio.to_thread(self.start)
+    @asynccontextmanager
+    async def starting(self) -> AsyncIterator[None]:
+        """Start it while the block is gone through; its model is ready after that."""
+        start = asyncio.create_task(asyncio.to_thread(self.start))
+        try:
+            yield
+        finally:
+            await start
 
     def end(self, number: signal.Signals) -> None:
         """End it by this signal; returns when nothing is left of it."""

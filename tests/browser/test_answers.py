@@ -20,7 +20,7 @@ from petals_chat.errors import (
     WorkerLostError,
 )
 from petals_chat.settings import LimitSettings
-from tests.browser.chat_page import ChatPage, let_pass, open_chat, told
+from tests.browser.chat_page import ChatPage, let_pass, open_chat, open_tab, open_window, told
 from tests.browser.conftest import Gateway, running_gateway
 from tests.fakes import FakeEngine
 from tests.gateway.gateways import until
@@ -322,6 +322,54 @@ async def test_the_page_follows_an_answer_unless_people_scroll_up(chat: ChatPage
     await latest.click()
     await chat.page.wait_for_function(f"{position} < 2")
     await expect(latest).to_be_hidden()
+
+
+HOLD_FRAMES = """
+window.held = [];
+window.requestAnimationFrame = (callback) => window.held.push(callback);
+window.letFrame = () => window.held.splice(0).forEach((callback) => callback(performance.now()));
+"""
+SEE_BLOCK = """
+(() => {
+  const area = document.querySelector(".scroll-area");
+  area.scrollTop = area.scrollHeight / 2;
+  const { top, height, left } = area.getBoundingClientRect();
+  window.seen = document.elementFromPoint(left + 200, top + height / 2).closest(".block");
+  return window.seen.getBoundingClientRect().top;
+})()
+"""
+
+
+async def test_a_long_answer_is_drawn_in_steps_while_what_is_read_stays_in_its_place(
+    browser: Browser, gateway: Gateway
+) -> None:
+    table = "| a | b |\n| - | - |\n" + "| cell | **cell** |\n" * 250
+    paragraphs = "".join(f"Paragraph {number}.\n\n" for number in range(400))
+    gateway.engine.tokens = [paragraphs, "- item\n" * 220, "\n", table, f"\n{paragraphs}The end."]
+    async with open_window(browser) as window:
+        async with open_tab(window, gateway.page_url) as chat:
+            await chat.ask("Everything, please")
+            await expect(chat.answers).to_contain_text("The end.")
+            await expect(chat.send).to_be_visible()
+            await expect(chat.answers.locator("p")).to_have_count(801)
+            await expect(chat.answers.locator("li")).to_have_count(220)
+            await expect(chat.answers.locator("tr")).to_have_count(251)
+            address = chat.page.url
+        await window.add_init_script(HOLD_FRAMES)
+        async with open_tab(window, address) as chat:
+            await expect(chat.answers.locator("p").last).to_have_text("The end.")
+            assert 10 < await chat.answers.locator("p").count() < 400
+            top = await chat.page.evaluate(SEE_BLOCK)
+            await expect(chat.page.get_by_role("button", name="Latest message")).to_be_visible()
+            frames = 0
+            while await chat.answers.locator("p").count() < 801 or await chat.page.evaluate("held.length"):
+                await chat.page.evaluate("letFrame()")
+                assert abs(await chat.page.evaluate("seen.getBoundingClientRect().top") - top) < 2
+                frames += 1
+            assert frames > 2
+            assert await chat.page.evaluate("seen.isConnected")
+            await expect(chat.answers.locator("li")).to_have_count(220)
+            await expect(chat.answers.locator("tr")).to_have_count(251)
 
 
 async def test_a_finished_answer_is_announced_to_screen_readers(chat: ChatPage, engine: FakeEngine) -> None:

@@ -76,6 +76,55 @@ async def test_a_lost_connection_is_made_anew_and_the_answer_goes_on(
     assert len(engine.requests) == 1
 
 
+NO_WAITING = """
+const begin = window.setTimeout;
+window.setTimeout = (run, milliseconds, ...rest) => milliseconds > 200 ? 0 : begin(run, milliseconds, ...rest);
+"""
+"""Attempts that are waited for never come."""
+
+
+async def test_the_connection_is_made_anew_at_once_where_there_is_reason_to_hope(
+    browser: Browser, gateway: Gateway
+) -> None:
+    engine = gateway.engine
+    engine.may_generate.clear()
+    async with open_window(browser) as window:
+        await window.add_init_script(NO_WAITING)
+        async with open_tab(window, gateway.page_url) as chat:
+            await chat.ask("Count!")
+            await let_pass(engine, 1)
+            await expect(chat.answers).to_contain_text("t0")
+            with chat.expected_complaints("net::ERR_"):
+                for count, hope in enumerate(("click", "focus", "online"), start=1):
+                    await gateway.line.cut()
+                    await expect(chat.outcomes).to_contain_text("connection to the server was lost")
+                    await let_pass(engine, 1)
+                    await gateway.line.mend()
+                    if hope == "click":
+                        await chat.page.get_by_role("button", name="Try now").click()
+                    else:
+                        await chat.page.evaluate(f"dispatchEvent(new Event('{hope}'))")
+                    await expect(chat.answers).to_contain_text(f"t{count}")
+                    await expect(chat.outcomes).to_have_count(0)
+            await chat.stop.click()
+            await expect(chat.outcomes).to_have_text("You stopped this answer.")
+
+
+async def test_a_chat_that_is_opened_while_the_server_is_away_comes_with_it(
+    chat: ChatPage, gateway: Gateway
+) -> None:
+    gateway.engine.tokens = ["Yes."]
+    await chat.ask("One?")
+    await chat.expect_answer("Yes.")
+    await chat.new_chat.click()
+    with chat.expected_complaints("net::ERR_"):
+        await gateway.line.cut()
+        await chat.entry("One?").click()
+        await expect(chat.page.get_by_text("opened as soon as it is back")).to_be_visible()
+        await gateway.line.mend()
+        await chat.expect_answer("Yes.")
+
+
 async def test_an_answer_that_a_restart_of_the_gateway_cut_can_be_continued(
     browser: Browser, built_page: None, tmp_path: Path
 ) -> None:
@@ -90,22 +139,20 @@ async def test_an_answer_that_a_restart_of_the_gateway_cut_can_be_continued(
             await chat.ask("A tale?")
             await let_pass(gateway.engine, 2)
             await expect(chat.answers).to_contain_text("Once upon")
-        with chat.expected_complaints("net::ERR_", "50"):
-            async with running_gateway(data_dir=tmp_path, line=line) as gateway:
-                gateway.engine.tokens = [" The end."]
+        async with running_gateway(data_dir=tmp_path, line=line) as gateway:
+            gateway.engine.tokens = [" The end."]
+            with chat.expected_complaints("net::ERR_", "WebSocket", "50"):
                 await expect(chat.outcomes).to_have_text(
                     "The server was restarted while it wrote this answer."
                 )
-                await chat.page.reload()
-                await expect(chat.outcomes).to_have_text(
-                    "The server was restarted while it wrote this answer."
-                )
-                so_far = await chat.answers.inner_text()
-                assert WHOLE_TALE.startswith(so_far)
-                await chat.go_on.click()
-                await chat.expect_answer(f"{so_far} The end.")
-                assert told(gateway.engine) == [("user", "A tale?"), ("assistant", so_far)]
-                await tab.__aexit__(None, None, None)
+            await chat.page.reload()
+            await expect(chat.outcomes).to_have_text("The server was restarted while it wrote this answer.")
+            so_far = await chat.answers.inner_text()
+            assert WHOLE_TALE.startswith(so_far)
+            await chat.go_on.click()
+            await chat.expect_answer(f"{so_far} The end.")
+            assert told(gateway.engine) == [("user", "A tale?"), ("assistant", so_far)]
+            await tab.__aexit__(None, None, None)
     await line.cut()
 
 
@@ -295,6 +342,18 @@ async def test_settings_belong_to_their_chat(chat: ChatPage, engine: FakeEngine)
     assert told(engine) == [("user", "Two?")]
 
 
+IS_KEPT = """
+() => new Promise((resolve) => {
+  const opening = indexedDB.open("petals-chat");
+  opening.onsuccess = () => {
+    const count = opening.result.transaction("messages").objectStore("messages").count();
+    count.onsuccess = () => { opening.result.close(); resolve(count.result === 2); };
+  };
+})
+"""
+"""Whether the browser has written question and answer down."""
+
+
 async def test_without_a_history_the_browser_keeps_the_chats(
     browser: Browser, forgetful_gateway: Gateway
 ) -> None:
@@ -307,6 +366,7 @@ async def test_without_a_history_the_browser_keeps_the_chats(
             await chat.ask("A tale?")
             await let_pass(engine, 2)
             await expect(chat.answers).to_contain_text("Once upon")
+            await chat.page.wait_for_function(IS_KEPT)
             address = chat.page.url
         await let_pass(engine, 2)
         async with open_tab(window, address) as chat:

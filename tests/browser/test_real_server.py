@@ -279,15 +279,15 @@ async def test_a_server_that_ends_in_mid_answer_and_is_started_again(
                 await expect(chat.page.get_by_text("The server cannot be reached")).to_be_visible(
                     timeout=PATIENCE_MILLISECONDS
                 )
-                await server.start_beside()
-                await expect(chat.outcomes).to_have_text(RESTARTED, timeout=PATIENCE_MILLISECONDS)
-            cut = await copied(chat)
-            assert cut.startswith(kept)
-            (question, answer) = await real.messages()
-            assert (question["content"], answer["content"]) == (QUESTION, cut)
-            assert (answer["state"], answer["generation"]) == ("interrupted", None)
-            await set_longest(chat, 12)
-            await chat.go_on.click()
+                async with server.starting():  # the page is back before the model is
+                    await expect(chat.outcomes).to_have_text(RESTARTED, timeout=PATIENCE_MILLISECONDS)
+                    cut = await copied(chat)
+                    assert cut.startswith(kept)
+                    (question, answer) = await real.messages()
+                    assert (question["content"], answer["content"]) == (QUESTION, cut)
+                    assert (answer["state"], answer["generation"]) == ("interrupted", None)
+                    await set_longest(chat, 12)
+                    await chat.go_on.click()
             await expect(chat.outcomes).to_have_text(
                 "The answer reached its longest length.", timeout=PATIENCE_MILLISECONDS
             )

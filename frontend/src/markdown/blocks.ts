@@ -5,7 +5,7 @@
  */
 
 import { Lexer } from "marked";
-import type { Token } from "marked";
+import type { Token, Tokens } from "marked";
 import remend from "remend";
 
 import { languageOf, markdown } from "./syntax";
@@ -15,24 +15,37 @@ const COMPLETIONS = { linkMode: "text-only", htmlTags: false, comparisonOperator
 
 export interface Block {
   kind: "code" | "text";
-  /** Its Markdown; of the growing block, with what is open closed. */
+  /** Its Markdown; of the growing block, with what is open closed; of a long table, its first rows. */
   source: string;
+  /** More rows of a long table: tables with the same head, to be drawn one after the other. */
+  moreRows: string[];
   /** Of a code block: its text, language, and whether its end was seen. */
   code: string;
   language: string;
   isGrowing: boolean;
   /** Too long to be drawn anew with each token: as long as it grows, it is shown as it is written. */
   isRaw: boolean;
+  /** It goes on with the list of the block before. */
+  isContinued: boolean;
 }
+
+/** A top-level token, or a part of a long list. */
+type Part = Token & { isContinued?: boolean };
 
 /** Characters of a growing block. */
 const LONGEST_DRAWN_GROWING = 12_000;
+/** Longer lists are several blocks. */
+const ITEMS_IN_PART = 50;
+/** Longer tables are drawn in steps. */
+const ROWS_IN_STEP = 100;
 
 export class GrowingMarkdown {
   #text = "";
   /** Blocks that nothing can change any more, and the characters they take. */
   #settled: Block[] = [];
   #settledLength = 0;
+  /** What has settled ends within a list. */
+  #isWithinList = false;
 
   /** The blocks of `text`, which mostly is the text of the last call and something more. */
   read(text: string, isGrowing: boolean): Block[] {
@@ -40,36 +53,68 @@ export class GrowingMarkdown {
     if (!text.startsWith(this.#text)) {
       this.#settled = [];
       this.#settledLength = 0;
+      this.#isWithinList = false;
     }
     this.#text = text;
-    // Without what is within the blocks: that is read when one is drawn.
-    const tokens = new Lexer(markdown.defaults).blockTokens(text.slice(this.#settledLength));
-    const visible = tokens.filter((token) => token.type !== "space" && token.type !== "def");
+    const parts = this.#parts(text.slice(this.#settledLength));
+    const visible = parts.filter(({ type }) => type !== "space" && type !== "def");
     // The last but one can still become one with the last: "1. a", "2" and then ". b".
     const settling = visible.slice(0, -2);
-    this.#settle(tokens, settling);
+    this.#settle(parts, settling);
     const growing = visible.slice(settling.length);
     const last = growing.length - 1;
-    const tail = growing.map((token, index) => blockOf(token, isGrowing && index === last));
+    const tail = growing.map((part, index) => blockOf(part, isGrowing && index === last));
     return [...this.#settled, ...tail];
   }
 
-  #settle(tokens: Token[], settling: Token[]): void {
+  #parts(text: string): Part[] {
+    // Without what is within the blocks: that is read when one is drawn.
+    const tokens = new Lexer(markdown.defaults).blockTokens(text);
+    const parts = tokens.flatMap(partsOf);
+    if (this.#isWithinList && parts[0]?.type === "list") parts[0] = { ...parts[0], isContinued: true };
+    return parts;
+  }
+
+  #settle(parts: Part[], settling: Part[]): void {
     if (settling.length === 0) return;
-    for (const token of tokens) {
-      this.#settledLength += token.raw.length;
-      if (token === settling.at(-1)) break;
-    }
-    this.#settled = [...this.#settled, ...settling.map((token) => blockOf(token, false))];
+    const end = parts.indexOf(settling.at(-1)!) + 1;
+    for (const { raw } of parts.slice(0, end)) this.#settledLength += raw.length;
+    this.#isWithinList = parts[end]?.isContinued ?? false;
+    this.#settled = [...this.#settled, ...settling.map((part) => blockOf(part, false))];
   }
 }
 
-function blockOf(token: Token, isGrowing: boolean): Block {
-  if (token.type === "code") {
-    const { text, lang } = token as { text: string; lang?: string };
-    return { kind: "code", source: token.raw, code: text, language: languageOf(lang), isGrowing, isRaw: false };
+/** A long list in parts, so that those before the last can settle; everything else as it is. */
+function partsOf(token: Token): Part[] {
+  if (token.type !== "list") return [token];
+  const list = token as Tokens.List;
+  const count = Math.ceil(list.items.length / ITEMS_IN_PART);
+  if (count === 1) return [token];
+  return Array.from({ length: count }, (_, index) => {
+    const items = list.items.slice(index * ITEMS_IN_PART, (index + 1) * ITEMS_IN_PART);
+    return { ...list, items, raw: items.map(({ raw }) => raw).join(""), isContinued: index > 0 };
+  });
+}
+
+function blockOf(part: Part, isGrowing: boolean): Block {
+  const { raw, isContinued = false } = part;
+  const block = { kind: "text" as const, source: raw, moreRows: [], code: "", language: "", isGrowing, isRaw: false, isContinued };
+  if (part.type === "code") {
+    const { text, lang } = part as Tokens.Code;
+    return { ...block, kind: "code", code: text, language: languageOf(lang) };
   }
-  const isRaw = isGrowing && token.raw.length > LONGEST_DRAWN_GROWING;
-  const source = isGrowing && !isRaw ? remend(token.raw, COMPLETIONS) : token.raw;
-  return { kind: "text", source, code: "", language: "", isGrowing, isRaw };
+  if (isGrowing) return raw.length > LONGEST_DRAWN_GROWING ? { ...block, isRaw: true } : { ...block, source: remend(raw, COMPLETIONS) };
+  if (part.type === "table" && (part as Tokens.Table).rows.length > ROWS_IN_STEP) return { ...block, ...stepsOf(raw) };
+  return block;
+}
+
+/** A row is a line, and so are the two of the head. */
+function stepsOf(table: string): Pick<Block, "source" | "moreRows"> {
+  const lines = table.trimEnd().split("\n");
+  const head = lines.splice(0, 2);
+  const steps: string[] = [];
+  for (let row = 0; row < lines.length; row += ROWS_IN_STEP) {
+    steps.push([...head, ...lines.slice(row, row + ROWS_IN_STEP)].join("\n"));
+  }
+  return { source: steps[0]!, moreRows: steps.slice(1) };
 }

@@ -7,6 +7,7 @@ import { BrowserHistory } from "../history/browser";
 import type { ChatChanges, ExportFormat, History } from "../history/history";
 import { ServerHistory } from "../history/server";
 import { request, RequestError } from "../http";
+import { backOff, Pauses } from "../retries";
 import { openSocket } from "../streams/answer";
 import { texts } from "../texts";
 import { Chats } from "./chats";
@@ -17,7 +18,6 @@ import { preference } from "./preferences";
 import { hashOf, routeOf } from "./routes";
 import type { Route } from "./routes";
 
-const HISTORY_RETRY_SECONDS = 3;
 const NOTICE_SECONDS = 6;
 
 export type Sheet =
@@ -52,9 +52,14 @@ export class App {
   readonly model = computed<Model | undefined>(() =>
     this.models.findOrDefault(this.conversation.value?.chat.value.model || this.chosenModel.value),
   );
+  /** What answers wait for. */
+  readonly #waits = computed(() => [...this.#open.value.values()].map(({ live }) => live.value?.waitingFor ?? "").join());
+  readonly #pauses = new Pauses();
   #history: History | null = null;
   /** Chats that were opened, as long as they are shown or answering. */
   readonly #open = signal<ReadonlyMap<string, Conversation>>(new Map());
+  /** Chats that were begun to be read; only the last one is still wanted. */
+  #readings = 0;
   #noticeTimer: ReturnType<typeof setTimeout> | undefined;
 
   get history(): History | null {
@@ -63,20 +68,30 @@ export class App {
 
   async start(): Promise<void> {
     addEventListener("hashchange", () => void this.#follow(routeOf(location.hash)));
-    addEventListener("online", () => this.#open.value.forEach((conversation) => conversation.hurry()));
+    addEventListener("online", () => this.hurry());
+    addEventListener("focus", () => this.hurry());
     document.addEventListener("visibilitychange", () => this.#lookAgain());
-    void this.models.watch(() => !document.hidden, () => this.model.value?.key ?? "");
+    // What one of them learns of the server, the others need not wait for.
+    this.models.isUnreachable.subscribe((isUnreachable) => isUnreachable || this.#isReached());
+    this.#waits.subscribe(() => this.#pauses.end());
+    void this.models.watch(this.#pauses, () => !document.hidden, () => this.model.value?.key ?? "");
     const route = routeOf(location.hash);
     if (route.view !== "chat") this.route.value = route;
-    this.#history = await openHistory();
+    this.#history = await this.#openHistory();
     const chats = new Chats(this.#history);
     this.chats.value = chats;
     await this.#follow(routeOf(location.hash));
     await chats.refresh();
-    while (chats.hasFailed.value) {
-      await sleep(HISTORY_RETRY_SECONDS);
+    for (let failures = 1; chats.hasFailed.value; failures++) {
+      await this.#pauses.wait(backOff(failures));
       await chats.refresh();
     }
+  }
+
+  /** Do not wait for the next attempts to reach the server: there is reason to hope. */
+  hurry(): void {
+    this.#pauses.end();
+    this.#open.value.forEach((conversation) => conversation.hurry());
   }
 
   go(route: Route): void {
@@ -179,6 +194,18 @@ export class App {
     }
   }
 
+  async #openHistory(): Promise<History> {
+    for (let failures = 1; ; failures++) {
+      try {
+        const { enabled, expire_days } = await request<{ enabled: boolean; expire_days: number | null }>("GET", "api/history");
+        return enabled ? new ServerHistory(expire_days) : await BrowserHistory.open();
+      } catch (error) {
+        if (!isLost(error)) return BrowserHistory.open();
+        await this.#pauses.wait(backOff(failures));
+      }
+    }
+  }
+
   /** Show a short message for a while. */
   tell(text: string): void {
     clearTimeout(this.#noticeTimer);
@@ -189,6 +216,7 @@ export class App {
   async #ask(conversation: Conversation, asking: Promise<void>, text: string): Promise<void> {
     this.#keepOpen(conversation);
     this.announcement.value = "";
+    this.hurry();
     try {
       await asking;
     } catch (error) {
@@ -226,14 +254,20 @@ export class App {
   }
 
   async #read(id: string): Promise<void> {
-    const isStillWanted = () => this.route.value.view === "chat" && (this.route.value as { id: string | null }).id === id;
-    try {
-      const chat = await this.#history!.read(id);
-      if (isStillWanted()) this.#show(Conversation.resume(chat, this.#surroundings()));
-    } catch (error) {
-      if (!isStillWanted()) return;
-      const isGone = error instanceof RequestError && error.code !== "connection_lost" && error.code !== "internal_error";
-      this.loadFailure.value = isGone ? texts.notices.notFound : texts.notices.loadFailed;
+    const reading = ++this.#readings;
+    const isStillWanted = () => reading === this.#readings && this.route.value.view === "chat" && (this.route.value as { id: string | null }).id === id;
+    for (let failures = 1; isStillWanted(); failures++) {
+      try {
+        const chat = await this.#history!.read(id);
+        if (!isStillWanted()) return;
+        this.loadFailure.value = null;
+        return this.#show(Conversation.resume(chat, this.#surroundings()));
+      } catch (error) {
+        if (!isStillWanted()) return;
+        if (!isLost(error)) return void (this.loadFailure.value = isFaulty(error) ? texts.notices.loadFailed : texts.notices.notFound);
+        this.loadFailure.value = texts.notices.loadWaits;
+        await this.#pauses.wait(backOff(failures));
+      }
     }
   }
 
@@ -276,14 +310,20 @@ export class App {
     };
   }
 
+  #isReached(): void {
+    if (this.notice.value === texts.failures["connection_lost"]) this.notice.value = "";
+    this.hurry();
+  }
+
   /** Somebody comes back to the page: other tabs may have changed the list. */
   #lookAgain(): void {
     if (document.hidden) return;
-    this.#open.value.forEach((conversation) => conversation.hurry());
+    this.hurry();
     if (this.chats.value?.next.value === null) void this.chats.value.refresh();
   }
 
   #answered(message: Message): void {
+    if (message.state === "failed") this.#pauses.end(); // to see how the model is
     const shown = this.conversation.value;
     if (shown?.tree.value.get(message.id) !== undefined) this.announcement.value = announcementOf(message);
     else this.#open.value.forEach((open) => !open.isAnswering && open !== shown && this.#close(open.chat.value.id));
@@ -295,31 +335,22 @@ export function sentenceOf(error: unknown, otherwise: string = texts.failureElse
   return (error instanceof RequestError && texts.failures[error.code]) || otherwise;
 }
 
+function isLost(error: unknown): boolean {
+  return error instanceof RequestError && error.code === "connection_lost";
+}
+
+function isFaulty(error: unknown): boolean {
+  return !(error instanceof RequestError) || error.code === "internal_error";
+}
+
 function announcementOf({ state, error, content }: Message): string {
   if (state === "failed") return texts.failures[error ?? ""] ?? texts.failureElse;
   if (state === "stopped") return texts.stopped;
   return `${texts.chat.complete} ${content.length <= 500 ? content : ""}`.trim();
 }
 
-async function openHistory(): Promise<History> {
-  for (;;) {
-    try {
-      const { enabled, expire_days } = await request<{ enabled: boolean; expire_days: number | null }>("GET", "api/history");
-      return enabled ? new ServerHistory(expire_days) : await BrowserHistory.open();
-    } catch (error) {
-      const isLost = error instanceof RequestError && error.code === "connection_lost";
-      if (!isLost) return BrowserHistory.open();
-      await sleep(HISTORY_RETRY_SECONDS);
-    }
-  }
-}
-
 /** A page that nobody sees has no frames. */
 function nextFrame(callback: () => void): void {
   if (document.hidden) setTimeout(callback, 250);
   else requestAnimationFrame(callback);
-}
-
-function sleep(seconds: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, seconds * 1000));
 }

@@ -4,14 +4,18 @@ import { computed, signal } from "@preact/signals";
 
 import type { Model } from "../contract";
 import { request } from "../http";
+import { backOff } from "../retries";
+import type { Pauses } from "../retries";
 
 const READY_POLL_SECONDS = 30;
 const UNREADY_POLL_SECONDS = 3;
+const REPLY_SECONDS = 15;
 
 export class Models {
   /** Null until the server has told them. */
   readonly all = signal<Model[] | null>(null);
   readonly isUnreachable = signal(false);
+  #failures = 0;
   readonly families = computed(() => {
     const models = this.all.value ?? [];
     return [...new Set(models.map((model) => model.family))].map((family) => ({
@@ -32,22 +36,26 @@ export class Models {
   /** Rejects never: what went wrong is in `isUnreachable`. */
   async refresh(): Promise<void> {
     try {
-      const { models } = await request<{ models: Model[] }>("GET", "api/models");
+      const { models } = await request<{ models: Model[] }>("GET", "api/models", undefined, REPLY_SECONDS);
       // The same news is no news: nothing has to be drawn again.
       if (JSON.stringify(models) !== JSON.stringify(this.all.value)) this.all.value = models;
-      this.isUnreachable.value = false;
+      this.#failures = 0;
     } catch {
-      this.isUnreachable.value = true;
+      this.#failures++;
     }
+    this.isUnreachable.value = this.#failures > 0;
   }
 
   /** Refresh for as long as the page is open; `isWatched` says whether somebody looks, `key` gives the chosen model. */
-  async watch(isWatched: () => boolean, key: () => string): Promise<never> {
+  async watch(pauses: Pauses, isWatched: () => boolean, key: () => string): Promise<never> {
     for (;;) {
       if (isWatched()) await this.refresh();
-      const isReady = !this.isUnreachable.value && this.findOrDefault(key())?.state === "ready";
-      const seconds = isReady ? READY_POLL_SECONDS : UNREADY_POLL_SECONDS;
-      await new Promise((resolve) => setTimeout(resolve, seconds * 1000));
+      await pauses.wait(this.#secondsToNext(key()));
     }
+  }
+
+  #secondsToNext(key: string): number {
+    if (this.#failures > 0) return backOff(this.#failures);
+    return this.findOrDefault(key)?.state === "ready" ? READY_POLL_SECONDS : UNREADY_POLL_SECONDS;
   }
 }

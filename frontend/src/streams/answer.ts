@@ -6,6 +6,7 @@
  */
 
 import type { AnswerRequest, FinishReason, Frame } from "../contract";
+import { backOff } from "../retries";
 import { FrameReader } from "./frames";
 
 /** What of a WebSocket is used here. */
@@ -44,8 +45,8 @@ export interface AnswerOptions {
   recover?: () => Promise<Running | null | "over">;
 }
 
-const FIRST_BACK_OFF_SECONDS = 0.5;
-const LONGEST_BACK_OFF_SECONDS = 15;
+/** An attempt to connect that takes longer has failed. */
+const CONNECT_SECONDS = 10;
 /** How long a stopped answer's last frame is waited for. */
 const STOP_SECONDS = 5;
 
@@ -57,7 +58,7 @@ export class Answer {
   #socket: Socket | null = null;
   #isConnected = false;
   #wasAsked = false;
-  #attempts = 0;
+  #failures = 0;
   #timer: ReturnType<typeof setTimeout> | undefined;
   #stopTimer: ReturnType<typeof setTimeout> | undefined;
   #isStopping = false;
@@ -92,9 +93,9 @@ export class Answer {
     this.#end();
   }
 
-  /** Do not wait for the next attempt: the network is back. */
+  /** Do not wait for the next attempt: there is reason to hope. */
   hurry(): void {
-    if (this.#isOver || this.#socket !== null || this.#attempts === 0) return;
+    if (this.#isOver || this.#socket !== null || this.#failures === 0) return;
     clearTimeout(this.#timer);
     void this.#reconnect();
   }
@@ -102,7 +103,9 @@ export class Answer {
   #connect(): void {
     const socket = this.#options.connect();
     this.#socket = socket;
+    this.#timer = setTimeout(() => this.#lost(), CONNECT_SECONDS * 1000);
     socket.onopen = () => {
+      clearTimeout(this.#timer);
       this.#isConnected = true;
       this.#begin();
     };
@@ -128,7 +131,7 @@ export class Answer {
     const { listener } = this.#options;
     for (const event of this.#reader.read(frame)) {
       if (this.#isOver) return;
-      if (event.kind !== "failed") this.#attempts = 0;
+      if (event.kind !== "failed") this.#failures = 0;
       switch (event.kind) {
         case "started":
           this.#generation = event.generation;
@@ -163,7 +166,7 @@ export class Answer {
     if (this.#isStopping) return this.#finish("stopped", null);
     if (code === "session_expired" && this.#generation === null) {
       this.#wasAsked = false;
-      return this.#again(code, this.#backOff());
+      return this.#again(code);
     }
     this.#end();
     this.#options.listener.failed(code);
@@ -172,17 +175,13 @@ export class Answer {
   #lost(): void {
     this.#hangUp();
     if (this.#isOver) return;
-    this.#again("connection_lost", this.#backOff());
+    this.#again("connection_lost");
   }
 
-  #backOff(): number {
-    return Math.min(FIRST_BACK_OFF_SECONDS * 2 ** this.#attempts, LONGEST_BACK_OFF_SECONDS);
-  }
-
-  #again(code: string, seconds: number): void {
-    this.#attempts++;
+  #again(code: string): void {
+    this.#failures++;
     if (!this.#isStopping) this.#options.listener.waiting(code);
-    this.#timer = setTimeout(() => void this.#reconnect(), seconds * 1000);
+    this.#timer = setTimeout(() => void this.#reconnect(), backOff(this.#failures) * 1000);
   }
 
   async #reconnect(): Promise<void> {
@@ -197,7 +196,7 @@ export class Answer {
           this.#reader = new FrameReader(found.position);
         }
       } catch {
-        if (!this.#isOver) this.#again("connection_lost", this.#backOff());
+        if (!this.#isOver) this.#again("connection_lost");
         return;
       }
     }

@@ -32,6 +32,7 @@ function Scrolled({ conversation }: { conversation: Conversation }) {
   const [following] = useState(() => new Following());
   const [hasMore, setHasMore] = useState(false);
   const toEnd = () => {
+    if (conversation.branch.peek().length === 0) return; // the welcome is read from its beginning
     following.follow();
     const element = area.current!;
     element.scrollTop = element.scrollHeight;

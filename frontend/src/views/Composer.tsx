@@ -24,6 +24,7 @@ export function Composer({ conversation }: { conversation: Conversation }) {
     const text = app.draft.value.trim(); // `draft` may be a key older
     if (text === "" || isAnswering || model === undefined) return;
     app.draft.value = "";
+    focusMessageField(); // the button that had the focus is gone
     void app.send(text);
   };
   const onKey = (event: KeyboardEvent) => {
@@ -46,7 +47,7 @@ export function Composer({ conversation }: { conversation: Conversation }) {
   return (
     <div class="composer-area">
       <div class="column">
-        <ModelNote model={model} />
+        <ModelNote model={model} isAnswering={isAnswering} />
         <form
           class="composer"
           onSubmit={(event) => {
@@ -105,12 +106,21 @@ function keeping(): string {
   return expireDays === null ? texts.composer.onServer : texts.composer.onServerFor(expireDays);
 }
 
-function ModelNote({ model }: { model: Model | undefined }) {
-  const text = app.models.isUnreachable.value ? texts.model.unreachable : model ? noteOn(model) : "";
+function ModelNote({ model, isAnswering }: { model: Model | undefined; isAnswering: boolean }) {
+  const isUnreachable = app.models.isUnreachable.value;
+  const text = isUnreachable ? texts.model.unreachable : model ? noteOn(model) : "";
   return (
     <p class="model-note" role="status">
       {text}
-      {text !== "" && model && (model.state === "broken" || model.state === "unavailable") && (
+      {isUnreachable && !isAnswering && (
+        <>
+          {" "}
+          <button type="button" class="link" onClick={() => app.hurry()}>
+            {texts.tryNow}
+          </button>
+        </>
+      )}
+      {!isUnreachable && model && (model.state === "broken" || model.state === "unavailable") && (
         <>
           {" "}
           <a href="#/swarm">{texts.model.seeSwarm}</a>

@@ -125,7 +125,7 @@ export function Answer({ message, conversation, live, isFar, isLast, isBusy }: S
   return (
     <article class={`answer ${isFar ? "far" : ""} ${growing ? "growing" : ""}`} aria-busy={growing !== null}>
       <h2 class="visually-hidden">{texts.chat.answer}</h2>
-      {text !== "" && <Markdown text={text} isGrowing={growing !== null} />}
+      {text !== "" && <Markdown text={text} isGrowing={growing !== null} isReadFromEnd />}
       {growing && text === "" && <span class="pulse" />}
       <Outcome message={message} live={growing} conversation={conversation} isLast={isLast} isBusy={isBusy} />
       {!growing && (

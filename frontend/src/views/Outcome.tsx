@@ -46,6 +46,11 @@ function Waiting({ live }: { live: Live }) {
   return (
     <div class="outcome waiting">
       <p>{texts.waiting[live.waitingFor] ?? texts.waitingElse}</p>
+      {live.waitingFor === "connection_lost" && (
+        <div class="ways-out">
+          <Way text={texts.tryNow} run={() => app.hurry()} />
+        </div>
+      )}
     </div>
   );
 }

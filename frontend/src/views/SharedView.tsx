@@ -50,7 +50,7 @@ export function SharedView() {
             {chat?.messages.map((message) => (
               <article key={message.id} class={message.role === "user" ? "question" : "answer"}>
                 <h2 class="visually-hidden">{message.role === "user" ? texts.chat.you : texts.chat.answer}</h2>
-                {message.role === "user" ? <QuestionText text={message.content} /> : <Markdown text={message.content} isGrowing={false} />}
+                {message.role === "user" ? <QuestionText text={message.content} /> : <Markdown text={message.content} isGrowing={false} isReadFromEnd={false} />}
                 <div class="actions">
                   <CopyButton text={message.content} />
                 </div>
