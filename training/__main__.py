@@ -18,9 +18,18 @@ from petals_chat.models import bundled
 from training.chat_format import END, text_of, train_tokenizer
 from training.corpus import Entry, load_corpus
 from training.dialogues import DialogueWriter
-from training.evaluate import held_out_wordings, judge, load_off_topic, load_questions, overlap, report
+from training.evaluate import (
+    Verdict,
+    as_third_questions,
+    held_out_wordings,
+    judge,
+    load_off_topic,
+    load_questions,
+    overlap,
+    report,
+)
 from training.model_card import write_model_card
-from training.train import AnswerHead, Recipe, batches, learn_gist, new_model, questions, train
+from training.train import Lessons, Recipe, new_model, train_blocks, train_mlps
 
 OUTPUT = bundled.DIRECTORY
 _COST_FILE = "training.json"
@@ -33,7 +42,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     parser.add_argument("command", choices=["train", "evaluate"], nargs="?")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="directory of the checkpoint")
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--validate", action="store_true", help="keep one in 20 wordings out, and ask those too"
@@ -44,7 +52,7 @@ def main() -> None:
     entries = load_corpus()
     kept, left_out = split(entries) if arguments.validate else (entries, [])
     if arguments.command != "evaluate":
-        make(kept, Recipe(steps=arguments.steps), arguments.output)
+        make(kept, Recipe(), arguments.output)
     if arguments.command != "train":
         table, figures = assess(arguments.output, entries, left_out, arguments.show)
         cost = json.loads((arguments.output / _COST_FILE).read_text())
@@ -56,20 +64,17 @@ def make(entries: Sequence[Entry], recipe: Recipe, output: Path) -> None:
     started, started_cpu = time.monotonic(), time.process_time()
     held_out = held_out_wordings([*load_questions(), *load_off_topic()])
     dialogues = islice(DialogueWriter(entries, recipe.seed + 1, held_out), _TOKENIZER_DIALOGUES)
-    tokenizer = train_tokenizer(text_of(dialogue) for dialogue in dialogues)
+    tokenizer = train_tokenizer(
+        (text_of(dialogue) for dialogue in dialogues), [entry.answer for entry in entries]
+    )
     model = new_model(recipe, tokenizer)
     print(
         f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {len(entries)} entries", flush=True
     )
-    answers = AnswerHead(recipe.hidden_size)
-    learn_gist(
-        model,
-        answers,
-        questions(DialogueWriter(entries, recipe.seed + 2, held_out), tokenizer, recipe),
-        recipe,
-    )
-    for each in (recipe, recipe.last_round()):
-        train(model, answers, batches(DialogueWriter(entries, each.seed, held_out), tokenizer, each), each)
+    refusals = frozenset(entry.answer for entry in entries if entry.area == "off_topic")
+    lessons = Lessons(DialogueWriter(entries, recipe.seed, held_out), tokenizer, refusals)
+    train_mlps(model, lessons, recipe)
+    train_blocks(model, lessons, recipe)
     end = tokenizer.eos_token_id
     model.generation_config = GenerationConfig(
         do_sample=False, bos_token_id=end, eos_token_id=end, pad_token_id=end
@@ -77,7 +82,7 @@ def make(entries: Sequence[Entry], recipe: Recipe, output: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)
     cost = {
-        "steps": recipe.steps + recipe.last_round_steps,
+        "steps": recipe.steps,
         "minutes": round((time.monotonic() - started) / 60),
         "cpu_minutes": round((time.process_time() - started_cpu) / 60),
     }
@@ -157,15 +162,23 @@ def assess(
                 print(
                     f"[{verdict.question.topic}] {' / '.join(verdict.question.questions)}\n    {verdict.answer}"
                 )
-    about = [verdict for verdict in verdicts if verdict.question.area not in ("off_topic", "small_talk")]
-    figures["questions"] = sum(verdict.is_right for verdict in about) / len(about)
-    for area in ("small_talk", "off_topic"):
-        of_area = [verdict for verdict in verdicts if verdict.question.area == area]
-        figures[area] = sum(verdict.is_right for verdict in of_area) / max(1, len(of_area))
+    figures |= shares(verdicts)
+    third = judge(chat, as_third_questions([*questions, *off_topic]))
+    figures |= {f"third_{area}": share for area, share in shares(third).items()}
     figures["shared_5_grams"] = round(overlap([*questions, *off_topic], entries), 4)
     figures["seconds"] = round(time.monotonic() - started)
     print(json.dumps(figures))
     return table, figures
+
+
+def shares(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """The shares of right answers: to questions about Petals Chat, to small talk, and to all others."""
+    groups: dict[str, list[bool]] = {}
+    for verdict in verdicts:
+        area = verdict.question.area
+        group = area if area in ("off_topic", "small_talk") else "questions"
+        groups.setdefault(group, []).append(verdict.is_right)
+    return {group: sum(rights) / len(rights) for group, rights in groups.items()}
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from random import Random
 from typing import Protocol
 
 from training.corpus import Entry, every_wording, normalised
@@ -93,6 +94,16 @@ def judge(chat: Chat, questions: Sequence[Question]) -> list[Verdict]:
     return [
         Verdict(question, answer, question.accepts(answer))
         for question, answer in zip(questions, answers, strict=True)
+    ]
+
+
+def as_third_questions(questions: Sequence[Question]) -> list[Question]:
+    """The questions, each after two others in the same chat; chosen at random, always the same ones."""
+    random = Random(0)
+    others = [question.questions[0] for question in questions]
+    return [
+        dataclasses.replace(question, questions=(*random.sample(others, 2), *question.questions))
+        for question in questions
     ]
 
 

@@ -11,6 +11,9 @@ from safetensors import safe_open
 
 from training.corpus import Entry
 
+_SHARES = [
+    f"{prefix}{area}" for prefix in ("", "third_") for area in ("questions", "off_topic", "small_talk")
+]
 _TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
@@ -32,9 +35,7 @@ def write_model_card(
         steps=f"{figures['steps']:,}",
         minutes=figures["minutes"],
         cpu_minutes=figures["cpu_minutes"],
-        questions=f"{figures['questions']:.0%}",
-        off_topic=f"{figures['off_topic']:.0%}",
-        small_talk=f"{figures['small_talk']:.0%}",
+        **{name: f"{figures[name]:.0%}" for name in _SHARES},
         shared_5_grams=f"{figures['shared_5_grams']:.0%}",
         table=table,
     )

@@ -121,7 +121,7 @@ def test_special_tokens_in_messages_are_text(directory: Path) -> None:
 
 
 def test_a_tokenizer_with_a_template_of_its_own_needs_no_other() -> None:
-    tokenizer = train_tokenizer(["Human: Hello"])
+    tokenizer = train_tokenizer(["Human: Hello"], [])
     expected = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_dict=False
     )

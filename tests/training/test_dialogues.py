@@ -9,7 +9,7 @@ from random import Random
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from training.chat_format import END, encode, text_of, train_tokenizer
+from training.chat_format import END, encode, openings, text_of, train_tokenizer
 from training.corpus import load_corpus
 from training.dialogues import Dialogue, DialogueWriter, Turn
 from training.wording import mingle, reword
@@ -19,7 +19,7 @@ DIALOGUE = Dialogue("Be kind.", (Turn("Hi?", "Hello!"), Turn("`make run`?", "Yes
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return train_tokenizer([text_of(DIALOGUE)] * 3)
+    return train_tokenizer([text_of(DIALOGUE)] * 3, [turn.answer for turn in DIALOGUE.turns])
 
 
 def test_a_seed_gives_the_same_dialogues_always() -> None:
@@ -69,6 +69,21 @@ def test_the_model_learns_to_say_answers_and_their_ends_only(tokenizer: PreTrain
     said = [token for token, is_said in zip(example.token_ids, example.is_said, strict=True) if is_said]
     assert tokenizer.decode(said) == f" Hello!{END} Yes: `make run`.{END}"
     assert example.token_ids == tokenizer(text_of(DIALOGUE))["input_ids"]
+
+
+def test_openings_tell_the_answers_apart() -> None:
+    answers = ["Run it with make.", "Run it with care.", "Run it later, please do.", "Yes."]
+    assert openings(answers) == ["Run it with make.", "Run it with care.", "Run it later,", "Yes."]
+    of_corpus = sorted({entry.answer for entry in load_corpus()})
+    assert len(openings(of_corpus)) == len(of_corpus)
+    assert max(len(opening.split()) for opening in openings(of_corpus)) <= 7
+
+
+def test_an_answer_begins_with_its_opening_as_one_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    example = encode(DIALOGUE, tokenizer)
+    begun = [tokenizer.decode([example.token_ids[position + 1]]) for position in example.answers]
+    assert begun == [" Hello!", " Yes: `make run`."]
+    assert tokenizer.decode(example.begun().token_ids) == text_of(DIALOGUE).removesuffix(END)
 
 
 def test_mingled_words_are_those_of_both_wordings() -> None:

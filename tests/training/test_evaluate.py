@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from training.corpus import Entry
-from training.evaluate import Question, judge, load_off_topic, load_questions, overlap
+from training.evaluate import Question, as_third_questions, judge, load_off_topic, load_questions, overlap
 
 QUESTION = Question("start.run", ("how do I start it",), (("make run", "serve"), ("5000",)), ("windows",))
 
@@ -31,6 +31,14 @@ def test_the_last_answer_counts_and_the_earlier_ones_are_part_of_the_conversatio
     two_turns = Question("start.then", ("one", "two"), (("answer to one | answer to one | two",),), ())
     verdicts = judge(Echo(), [QUESTION, two_turns])
     assert [verdict.is_right for verdict in verdicts] == [False, True]
+
+
+def test_a_third_question_comes_after_two_others() -> None:
+    third = as_third_questions(load_questions())
+    assert third == as_third_questions(load_questions())
+    for question, original in zip(third, load_questions(), strict=True):
+        assert question.questions[2:] == original.questions
+        assert question.facts == original.facts
 
 
 def test_the_held_out_set_is_large_enough() -> None:

@@ -7,23 +7,41 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast
 
 from training.__main__ import LocalChat, make
-from training.chat_format import train_tokenizer
+from training.chat_format import encode, train_tokenizer
 from training.corpus import Entry
-from training.dialogues import DialogueWriter
-from training.train import AnswerHead, Recipe, gist_loss, learn_gist, new_model, questions
+from training.dialogues import Dialogue, DialogueWriter, Turn
+from training.train import HIDDEN_SIZE, Lessons, Recipe, Stage, block_loss, mlp_loss, new_model, train_mlps
+from training.wiring import CODES, IN_ANSWER, IN_QUESTION, MARK, RESERVED, embeddings, wire
 
 ENTRIES = [
-    Entry("start.run", ("how is it started here", "start it please", "what starts it"), "Run `make run`."),
-    Entry("start.port", ("which port is it", "what is the port", "port number please"), "Port 5000."),
-    Entry("start.stop", ("how is it stopped here", "stop it please", "what stops it"), "Press Ctrl-C."),
+    Entry(
+        "start.run",
+        ("how is it started here", "start it please", "what starts it"),
+        "Run `make run` in the directory of the program, and wait for it.",
+    ),
+    Entry(
+        "start.port",
+        ("which port is it", "what is the port", "port number please"),
+        "Port 5000 is the one that the program listens on, always.",
+    ),
+    Entry(
+        "start.stop",
+        ("how is it stopped here", "stop it please", "what stops it"),
+        "Press Ctrl-C in the terminal in which the program was started.",
+    ),
 ]
 RECIPE = Recipe(
-    hidden_size=64, intermediate_size=128, num_heads=1, num_key_value_heads=1, gist_steps=60,
-    questions_per_gist_step=16, steps=150, last_round_steps=50, tokens_per_step=512, warmup_steps=10,
-)  # fmt: skip
+    intermediate_size=128,
+    num_blocks=4,
+    mlps=Stage(80, 512, matrix_learning_rate=2e-2, learning_rate=2e-3, whole_share=0.5),
+    blocks=Stage(5, 512, matrix_learning_rate=2e-3, learning_rate=4e-4, whole_share=0.5),
+    warmup_steps=10,
+)
+RUN, PORT, _ = (entry.answer for entry in ENTRIES)
+TWO_TURNS = Dialogue("Be kind.", (Turn("which port is it", PORT), Turn("how is it started here", RUN)))
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +54,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(
+        ["how is it started here", "which port is it"], [entry.answer for entry in ENTRIES]
+    )
+
+
 def test_the_model_learns_its_corpus_and_is_a_standard_checkpoint(checkpoint: Path) -> None:
     chat = LocalChat(checkpoint)
     questions = [entry.questions[0] for entry in ENTRIES]
@@ -44,24 +69,68 @@ def test_the_model_learns_its_corpus_and_is_a_standard_checkpoint(checkpoint: Pa
     assert files <= {file.name for file in checkpoint.iterdir()}
 
 
-def test_the_model_begins_with_the_gist_that_was_learnt() -> None:
-    recipe = dataclasses.replace(RECIPE, gist_steps=3)
-    tokenizer = train_tokenizer(["how is it started here", "which port is it"])
-    model = new_model(recipe, tokenizer).eval()
-    answers = AnswerHead(recipe.hidden_size)
-    examples = questions(DialogueWriter(ENTRIES, seed=1), tokenizer, recipe)
-    learn_gist(model, answers, examples, recipe)
-    longest = max(next(examples), key=lambda example: len(example.token_ids))
-    token_ids, is_said = torch.tensor([longest.token_ids]), torch.tensor(longest.is_said)
-    with torch.inference_mode():
-        hidden = model.model(token_ids).last_hidden_state[0, :-1]
-        of_model = cross_entropy(model.lm_head(hidden)[is_said[1:]], token_ids[0, 1:][is_said[1:]])
-        at, text = longest.answers[0]
-        of_model += answers.loss(hidden[at : at + 1], [text])
-        of_gist = gist_loss(model, answers, [longest], recipe)
-    assert of_model.item() == pytest.approx(of_gist.item(), rel=0.02)
-
-
 def test_an_earlier_turn_does_not_change_the_answer(checkpoint: Path) -> None:
     chat = LocalChat(checkpoint)
-    assert chat.answer([["how is it started here", "Run `make run`.", "which port is it"]]) == ["Port 5000."]
+    assert chat.answer([["how is it started here", RUN, "which port is it"]]) == [PORT]
+
+
+@pytest.fixture(scope="module")
+def lessons(tokenizer: PreTrainedTokenizerFast) -> Lessons:
+    return Lessons(DialogueWriter(ENTRIES, seed=1), tokenizer, frozenset())
+
+
+def test_both_stages_train_the_same_model(lessons: Lessons) -> None:
+    """The first stage computes only a part of the blocks; the model computes them all, and comes to the same."""
+    recipe = dataclasses.replace(RECIPE, mlps=dataclasses.replace(RECIPE.mlps, steps=3))
+    model = new_model(recipe, lessons.tokenizer).eval()
+    train_mlps(model, lessons, recipe)
+    batch, margins = [encode(TWO_TURNS, lessons.tokenizer)], lessons.margins(0)
+    with torch.inference_mode():
+        loss = mlp_loss(model, model.model.embed_tokens.weight, batch, margins)
+        assert block_loss(model, batch, margins).item() == pytest.approx(loss.item(), rel=0.02)
+
+
+def test_refusals_have_to_be_learnt_better(lessons: Lessons) -> None:
+    margins = Lessons(lessons.writer, lessons.tokenizer, frozenset([PORT])).margins(2)
+    assert margins.nonzero().tolist() == [lessons.tokenizer.encode(" Port 5000 is")]
+    assert margins.max() == 2
+
+
+def test_tokens_know_whether_they_are_part_of_a_question_or_of_an_answer(lessons: Lessons) -> None:
+    example = encode(TWO_TURNS, lessons.tokenizer)
+    states = wired_first_block(lessons, example.token_ids)
+    system = len(lessons.tokenizer.encode("Be kind.<|end|>"))
+    assert states[:system, [IN_QUESTION, IN_ANSWER]].abs().max() < 0.01
+    assert (states[system:, IN_ANSWER] > MARK / 2).tolist() == [
+        is_said or position in example.answers for position, is_said in enumerate(example.is_said)
+    ][system:]
+
+
+def test_tokens_know_the_opening_and_the_two_tokens_before(lessons: Lessons) -> None:
+    example = encode(TWO_TURNS, lessons.tokenizer)
+    states = wired_first_block(lessons, example.token_ids)
+    opening, before, before_that = CODES
+    first, second = example.answers
+    of_first, of_second = states[first + 1 : second, opening], states[second + 1 :, opening]
+    assert (of_first - of_first[0]).abs().max() < 0.05
+    assert (of_second - of_second[0]).abs().max() < 0.05
+    assert (of_first[0] - of_second[0]).abs().max() > 0.5
+    for code, distance in ((before, 1), (before_that, 2)):
+        codes: dict[int, torch.Tensor] = {}
+        for place in range(2, len(example.token_ids)):
+            seen = codes.setdefault(example.token_ids[place - distance], states[place, code])
+            assert (states[place, code] - seen).abs().max() < 0.05
+        assert len({tuple(values.tolist()) for values in codes.values()}) == len(codes)
+
+
+def wired_first_block(lessons: Lessons, token_ids: list[int]) -> torch.Tensor:
+    """The states after the first block of a model that has learnt nothing, [length, hidden_size]."""
+    model = new_model(RECIPE, lessons.tokenizer).eval()
+    wire(model)
+    words = torch.randn(model.config.vocab_size, HIDDEN_SIZE - RESERVED)
+    with torch.inference_mode():
+        model.model.embed_tokens.weight.copy_(embeddings(words, lessons.marked_tokens))
+        states: torch.Tensor = model.model(
+            torch.tensor([token_ids]), output_hidden_states=True
+        ).hidden_states[1][0]
+    return states
