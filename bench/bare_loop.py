@@ -56,15 +56,18 @@ class BareLoop:
         list(self._pool.map(first_step, self._sessions))
         return opening
 
-    def run(self, tokens: int, contender: int, host: int) -> Round:
-        """Step each session ``tokens`` times."""
+    def run(self, tokens: int, contender: int, host: int, patience: float) -> Round:
+        """Step each session ``tokens`` times, or less often where half of the patience does not suffice."""
         assert self._pool is not None
-        result = Round(tokens=tokens * len(self._sessions))
+        result = Round()
+        until = time.monotonic() + patience / 2
 
         def steps(session: InferenceSession) -> list[float]:
             gaps, before = [], time.monotonic()
             with torch.inference_mode():
                 for _ in range(tokens):
+                    if before > until:
+                        break
                     session.step(self._embedding)
                     now = time.monotonic()
                     gaps.append(now - before)
@@ -75,6 +78,7 @@ class BareLoop:
         cpu, host_cpu, began = clock.seconds(), host_clock.seconds(), time.monotonic()
         for gaps in self._pool.map(steps, self._sessions):
             result.gaps += gaps
+            result.tokens += len(gaps)
         result.seconds = time.monotonic() - began
         result.cpu_seconds = clock.seconds() - cpu
         result.host_cpu_seconds = host_clock.seconds() - host_cpu

@@ -18,6 +18,20 @@ PROMPT_ROOM_TOKENS = 64
 
 
 @dataclasses.dataclass(frozen=True)
+class LongPrompts:
+    """What one more user sends meanwhile: this prompt, again and again, each time in a new session."""
+
+    text: str
+    tokens: int
+    """At most."""
+
+    @property
+    def session_length(self) -> int:
+        """Room for the prompt and one token."""
+        return self.tokens + 16
+
+
+@dataclasses.dataclass(frozen=True)
 class Load:
     """So many users at once, after a prompt."""
 
@@ -27,6 +41,8 @@ class Load:
     prompt: str = SHORT_PROMPT
     prompt_tokens: int = PROMPT_ROOM_TOKENS
     """At most."""
+    beside: LongPrompts | None = None
+    """Rounds with these are compared to rounds without."""
 
     @property
     def tokens_each(self) -> int:
@@ -68,7 +84,10 @@ class Case:
         """What the host is given: room for the sessions of all contenders, or the scarce room of a visit."""
         if self.visit:
             return self.visit.sessions * self.visit.session_length
-        largest = max(load.users * load.session_length(rounds) for load in self.loads)
+        largest = max(
+            load.users * load.session_length(rounds) + (load.beside.session_length if load.beside else 0)
+            for load in self.loads
+        )
         return CONTENDERS * 2 * largest  # the gateway's swarm sessions have a power of two of tokens
 
 
@@ -108,7 +127,7 @@ CASES = (
         "bfloat16",
         tuple(
             Load(users, tokens, prompt=shapes.prompt(16), prompt_tokens=16)
-            for users, tokens in ((1, 32), (8, 48), (32, 64))
+            for users, tokens in ((1, 32), (8, 48), (32, 128))
         ),
     ),
     Case(
@@ -119,6 +138,20 @@ CASES = (
             Load(1, tokens=96, prompt=shapes.prompt(tokens), prompt_tokens=tokens)
             # Not 4000: the gateway's swarm session, opened for 4096 tokens, would be replayed within a round.
             for tokens in (100, 1000, 4100)
+        ),
+    ),
+    Case(
+        "interleaved",
+        made_model(shapes.LONG),
+        "bfloat16",
+        (
+            Load(
+                4,
+                tokens=256,
+                prompt=shapes.prompt(16),
+                prompt_tokens=16,
+                beside=LongPrompts(shapes.prompt(3000), tokens=3000),
+            ),
         ),
     ),
     Case(

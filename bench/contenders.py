@@ -72,6 +72,32 @@ class MessageContender:
         self._users.ask("close", PATIENCE_SECONDS, group=self.name)
 
 
+class InterleavedContender(MessageContender):
+    """The same, while one more user sends long prompts. What is measured is the time of the others between tokens,
+    and as "first" that of the long prompts."""
+
+    def open(self, load: Load, session_length: int, measured: Measured) -> None:
+        super().open(load, session_length, measured)
+        measured.first_token_seconds.clear()
+
+    def run(self, load: Load, session_length: int, host: int, measured: Measured) -> None:
+        assert load.beside is not None
+        result: dict[str, Any] = self._users.ask(
+            "interleave",
+            2 * ROUND_TIMEOUT_SECONDS + PATIENCE_SECONDS,
+            group=self.name,
+            tokens=load.tokens_each,
+            url=self.process.url,
+            long_prompt=load.beside.text,
+            max_length=load.beside.session_length,
+            contender=self.process.pid,
+            host=host,
+            patience=ROUND_TIMEOUT_SECONDS,
+        )
+        measured.first_token_seconds += result["prompt_seconds"]
+        measured.note_round(Round(**result["round"]))
+
+
 class StreamContender:
     """A server of API v2, asked once for a stream of replies; each round has new sessions."""
 
@@ -129,6 +155,7 @@ class BareContender:
             tokens=load.tokens_each,
             contender=self.process.pid,
             host=host,
+            patience=ROUND_TIMEOUT_SECONDS,
         )
         measured.note_round(Round(**result))
 

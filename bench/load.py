@@ -18,7 +18,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from measuring import CpuClock
-from rounds import Opening, Round, StreamRound, report, serve_commands
+from rounds import InterleavedRound, Opening, Round, StreamRound, report, serve_commands
 
 SAMPLING = {"do_sample": 1, "temperature": 0.6, "top_p": 0.9}
 """What chat pages send."""
@@ -104,12 +104,58 @@ class Load:
         return opening
 
     async def run(self, group: str, tokens: int, contender: int, host: int, patience: float) -> Round:
-        """Token by token: everyone asks for one token, waits for it, asks for the next, ``tokens`` times."""
+        """Token by token: everyone asks for one token, waits for it, asks for the next, ``tokens`` times.
+
+        Where that is slow, a round has fewer tokens: after half of the patience nobody asks for another one.
+        """
         result = Round()
+        await _measured(result, contender, host, self._all_ask_on(result, group, tokens, patience))
+        return result
+
+    async def interleave(
+        self,
+        group: str,
+        tokens: int,
+        url: str,
+        long_prompt: str,
+        max_length: int,
+        contender: int,
+        host: int,
+        patience: float,
+    ) -> InterleavedRound:
+        """As `run`, while another user sends a long prompt, waits for a token, leaves, and comes with the next one.
+
+        The last prompt's end is awaited, but not measured.
+        """
+        result = InterleavedRound(round=Round())
+        enough = asyncio.Event()
+
+        async def send_prompts() -> None:
+            while not enough.is_set():
+                began = time.monotonic()
+                user = await User.connect(url, max_length)
+                try:
+                    await user.first_token(long_prompt, stream=False)
+                finally:
+                    await user.close()
+                result.prompt_seconds.append(time.monotonic() - began)
+
+        prompting = asyncio.create_task(_noted(result.round, send_prompts(), 2 * patience))
+        await _measured(
+            result.round, contender, host, self._all_ask_on(result.round, group, tokens, patience)
+        )
+        enough.set()
+        await prompting
+        return result
+
+    async def _all_ask_on(self, result: Round, group: str, tokens: int, patience: float) -> None:
+        until = time.monotonic() + patience / 2
 
         async def ask_on(user: User) -> None:
             before = time.monotonic()
             for _ in range(tokens):
+                if before > until:
+                    return
                 await user.ask(None, stream=False)
                 await user.receive()
                 now = time.monotonic()
@@ -117,11 +163,7 @@ class Load:
                 result.tokens += 1
                 before = now
 
-        async def all_ask_on() -> None:
-            await _all(_noted(result, ask_on(user), patience) for user in self._users[group])
-
-        await _measured(result, contender, host, all_ask_on())
-        return result
+        await _all(_noted(result, ask_on(user), patience) for user in self._users[group])
 
     async def stream(
         self,
@@ -137,7 +179,7 @@ class Load:
         """Streams of replies, measured from the moment when all users have their first token.
 
         A stream cannot be paused, so each round has new sessions; their beginning is not measured. The round
-        ends for all when ``tokens`` for each user, on average, have come.
+        ends for all when ``tokens`` for each user, on average, have come, or after half of the patience.
         """
         stream = _StreamedRound(users, tokens * users)
         connected = await asyncio.gather(*(User.connect(url, max_length) for _ in range(users)))
@@ -147,7 +189,10 @@ class Load:
         ]
         await _first_of(stream.all_began.wait(), asyncio.wait(listening))
         await _measured(
-            stream.round, contender, host, _first_of(stream.enough.wait(), asyncio.wait(listening))
+            stream.round,
+            contender,
+            host,
+            _first_of(stream.enough.wait(), asyncio.wait(listening), asyncio.sleep(patience / 2)),
         )
         for task in listening:
             task.cancel()
@@ -256,7 +301,7 @@ def main() -> None:
             # Between two commands the loop stands still; servers must do without answers to pings then.
             return lambda **arguments: runner.run(method(**arguments))
 
-        methods = (load.open, load.run, load.stream, load.visit, load.close)
+        methods = (load.open, load.run, load.interleave, load.stream, load.visit, load.close)
         report({"ready": True})
         serve_commands({method.__name__: blocking(method) for method in methods})
 

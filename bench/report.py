@@ -10,10 +10,11 @@ from measuring import percentile
 from rounds import Opening, Round
 
 GATEWAY, STREAM, REFERENCE, BARE = "gateway", "gateway, stream", "reference", "bare loop"
+GATEWAY_BESIDE, REFERENCE_BESIDE = "gateway, prompts", "reference, prompts"
 
 _COLUMNS = {
-    "case": 8,
-    "contender": 16,
+    "case": 12,
+    "contender": 20,
     "users": 6,
     "prompt": 7,
     "served": 7,
@@ -167,6 +168,12 @@ def ratios(rows: Sequence[Measured]) -> dict[str, float | None]:
         figures[f"CPU per token, {contender}: after 4100 tokens, times after 100"] = _over(
             _cpu_of_all(long), _cpu_of_all(short)
         )
+    for quiet, disturbed in ((GATEWAY, GATEWAY_BESIDE), (REFERENCE, REFERENCE_BESIDE)):
+        for percent in (50, 99):
+            figures[f"time between tokens (p{percent}), {quiet}: beside long prompts, times without"] = _over(
+                _between(find("interleaved", disturbed, 4), percent),
+                _between(find("interleaved", quiet, 4), percent),
+            )
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
@@ -196,8 +203,8 @@ def _cpu(result: Round) -> float:
     return result.cpu_seconds / result.tokens
 
 
-def _between(row: Measured | None) -> float | None:
-    return row.between_tokens_ms(50) if row else None
+def _between(row: Measured | None, percent: float = 50) -> float | None:
+    return row.between_tokens_ms(percent) if row else None
 
 
 def _cpu_of_all(row: Measured | None) -> float | None:

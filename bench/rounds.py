@@ -42,6 +42,15 @@ class StreamRound:
     round: Round
 
 
+@dataclasses.dataclass(kw_only=True)
+class InterleavedRound:
+    """A round beside which long prompts were sent."""
+
+    round: Round
+    prompt_seconds: list[float] = dataclasses.field(default_factory=list)
+    """Until the first token after each of them."""
+
+
 def serve_commands(commands: Mapping[str, Callable[..., Any]]) -> None:
     """Read ``{"command": name, ...arguments}`` from standard input, line by line, and print each result as JSON."""
     for line in sys.stdin:

@@ -15,12 +15,21 @@ from contenders import (
     PATIENCE_SECONDS,
     BareContender,
     Contender,
+    InterleavedContender,
     MessageContender,
     StreamContender,
 )
 from measuring import pss_megabytes
 from processes import BenchError, Gateway, Host, Reference, Script, Served
-from report import BARE, GATEWAY, REFERENCE, STREAM, Measured
+from report import (
+    BARE,
+    GATEWAY,
+    GATEWAY_BESIDE,
+    REFERENCE,
+    REFERENCE_BESIDE,
+    STREAM,
+    Measured,
+)
 from rounds import Opening
 
 
@@ -89,12 +98,7 @@ class Stage:
 
         So other work on the machine hits all alike, and no contender always comes first.
         """
-        contenders: list[Contender] = [
-            MessageContender(GATEWAY, self._gateway, self._users),
-            StreamContender(STREAM, self._gateway, self._users),
-            MessageContender(REFERENCE, self._reference, self._users),
-            BareContender(BARE, self._bare),
-        ]
+        contenders = self._contenders(load)
         length = load.session_length(self._rounds)
         entrants = [
             _Entrant(contender, Measured(self._case.name, contender.name, load.users, load.prompt_tokens))
@@ -111,6 +115,21 @@ class Stage:
         for entrant in entrants:
             entrant.attempt(lambda contender, _: contender.close())
         return [entrant.measured for entrant in entrants]
+
+    def _contenders(self, load: Load) -> list[Contender]:
+        if load.beside:
+            return [
+                MessageContender(GATEWAY, self._gateway, self._users),
+                InterleavedContender(GATEWAY_BESIDE, self._gateway, self._users),
+                MessageContender(REFERENCE, self._reference, self._users),
+                InterleavedContender(REFERENCE_BESIDE, self._reference, self._users),
+            ]
+        return [
+            MessageContender(GATEWAY, self._gateway, self._users),
+            StreamContender(STREAM, self._gateway, self._users),
+            MessageContender(REFERENCE, self._reference, self._users),
+            BareContender(BARE, self._bare),
+        ]
 
     def _visit(self, visit: Visit) -> Iterator[Measured]:
         """The servers of API v2 one after the other."""

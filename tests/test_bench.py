@@ -40,7 +40,7 @@ def test_the_way_of_a_token_is_measured(short_directory: Path) -> None:
     rows = report["rows"]
     assert [row["contender"] for row in rows] == ["gateway", "gateway, stream", "reference", "bare loop"]
     assert all(row["served"] == 4 and row["errors"] == {} for row in rows)
-    assert all(row["tokens"] >= 64 and row["cpu_ms_per_token"] > 0 for row in rows)
+    assert all(row["tokens"] > 0 and row["cpu_ms_per_token"] > 0 for row in rows)
     assert "CPU per token, gateway, 4 users, bundled model: times bare loop" in report["ratios"]
     assert list(short_directory.iterdir()) == []
     assert [process for process in psutil.process_iter(["cmdline"]) if _names(process, short_directory)] == []
