@@ -193,6 +193,8 @@ class FakeSession:
             if request.chunk_tokens is not None and chunk.token_count == request.chunk_tokens:
                 yield Chunk(chunk.text, chunk.token_count, None, self._prompt_tokens)
                 chunk = Chunk("", 0)
+            elif request.progress_tokens is not None and chunk.token_count % request.progress_tokens == 0:
+                yield Chunk("", 0, None, self._prompt_tokens, tokens_ahead=request.progress_tokens)
 
     def _end_before_a_token(self, request: GenerationRequest, count: int) -> FinishReason | None:
         if request.max_new_tokens is not None and count > request.max_new_tokens:

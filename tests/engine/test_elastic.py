@@ -302,6 +302,7 @@ async def test_what_hosts_allow_for_one_session_limits_those_of_a_gateway(
             chunks = await collect(session, GenerationRequest(prompt_of(0)))
             prompt_tokens = len(reference.tokenizer(prompt_of(0))["input_ids"])
             assert chunks[-1].finish_reason is FinishReason.CONTEXT_FULL
+            assert chunks[-1].context_limit == 100
             new_tokens = sum(chunk.token_count for chunk in chunks)
             assert prompt_tokens + new_tokens == 101  # the last one has not been to the hosts
             assert printable(text_of(chunks)) == printable(

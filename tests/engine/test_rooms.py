@@ -34,8 +34,8 @@ class Tenant:
         self.on_cancel: Callable[[], None] | None = None
         self._places = places
 
-    async def enter(self) -> None:
-        if await self._places.queue.admit(self, self._attempt, self):
+    async def enter(self, *, is_return: bool = False) -> None:
+        if await self._places.queue.admit(self, self._attempt, self, is_return=is_return):
             self._places.log.append(self.name)
 
     def queued(self, place: int) -> None:
@@ -178,6 +178,42 @@ async def test_one_owner_cannot_fill_the_queue(places: Places, queue: RoomQueue)
     assert other.places_told == [2]
     with pytest.raises(AttentionCacheFullError, match="4 others wait"):
         await Tenant("x4", places, "x").enter()
+    for task in entering:
+        task.cancel()
+    await asyncio.wait(entering)
+
+
+async def test_one_client_with_many_names_cannot_fill_the_queue(places: Places, queue: RoomQueue) -> None:
+    for name in "ab":
+        await Tenant(name, places).enter()
+    entering = [
+        asyncio.create_task(Tenant(f"x{number}", places, f"x\nvisitor {number}").enter())
+        for number in range(4)
+    ]
+    await waiting_for(queue, 4)
+    entering.append(asyncio.create_task(Tenant("y0", places, "y").enter()))
+    with pytest.raises(AttentionCacheFullError, match="more of yours"):
+        await entering[3]
+    assert [task.done() for task in entering] == [False, False, False, True, False]
+    for owner in ("y", "x\nvisitor 5"):
+        with pytest.raises(AttentionCacheFullError, match="4 others wait"):
+            await Tenant("late", places, owner).enter()
+    for task in entering:
+        task.cancel()
+    await asyncio.wait(entering)
+
+
+async def test_those_who_return_take_no_places_from_others(places: Places, queue: RoomQueue) -> None:
+    for name in "ab":
+        await Tenant(name, places).enter()
+    entering = [
+        asyncio.create_task(Tenant(f"x{number}", places, "x").enter(is_return=True)) for number in range(8)
+    ]
+    await waiting_for(queue, 8)
+    entering += [asyncio.create_task(Tenant(name, places).enter()) for name in "pqrs"]
+    await waiting_for(queue, 12)
+    with pytest.raises(AttentionCacheFullError, match="4 others wait"):
+        await Tenant("t", places).enter()
     for task in entering:
         task.cancel()
     await asyncio.wait(entering)

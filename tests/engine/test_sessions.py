@@ -82,7 +82,7 @@ async def test_a_request_that_does_not_fit_leaves_the_session_as_it_was(session:
     await collect(session, GenerationRequest("A", max_new_tokens=4))
     with pytest.raises(MaximumLengthExceededError, match="Maximum length exceeded"):
         await collect(session, GenerationRequest("A" * SESSION_TOKENS, max_new_tokens=1))
-    with pytest.raises(MaximumLengthExceededError):
+    with pytest.raises(MaximumLengthExceededError, match="3 tokens that max_length allows"):
         await collect(session, GenerationRequest(None, max_length=3))
     chunks = await collect(session, GenerationRequest(None, max_new_tokens=3))
     assert text_of(chunks) == "世"
@@ -99,6 +99,29 @@ async def test_a_cancelled_generation_ends_and_the_session_goes_on(session: Engi
     taken = [(await anext(stream)).text for _ in range(3)]
     await stream.aclose()
     assert taken == ["!", " Hello", " Hello"]
+    chunks = await collect(session, GenerationRequest("A", max_new_tokens=4))
+    assert text_of(chunks) == "😀"
+
+
+async def test_progress_is_told_where_chunks_are_long(session: EngineSession) -> None:
+    request = GenerationRequest("B", max_new_tokens=12, chunk_tokens=10, progress_tokens=4)
+    chunks = await collect(session, request)
+    told = [(chunk.text, chunk.token_count, chunk.tokens_ahead) for chunk in chunks]
+    hello = " Hello"
+    assert told == [("", 0, 4), ("", 0, 4), ("!" + 9 * hello, 10, 0), (2 * hello, 2, 0)]
+
+
+async def test_a_long_text_is_cancelled_while_it_is_tokenised_and_others_go_on(
+    engine: ProcessEngine, session: EngineSession
+) -> None:
+    stream = session.generate(GenerationRequest("A " * 300_000, max_new_tokens=1))
+    waiting = asyncio.create_task(anext(stream))
+    other = await engine.open_session("reciting", SESSION_TOKENS)
+    assert text_of(await collect(other, GenerationRequest("A", max_new_tokens=4))) == "😀"
+    await other.close()
+    waiting.cancel()
+    await asyncio.wait((waiting,))
+    await stream.aclose()
     chunks = await collect(session, GenerationRequest("A", max_new_tokens=4))
     assert text_of(chunks) == "😀"
 

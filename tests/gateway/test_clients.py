@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import aclosing
 from typing import Any
 
@@ -143,3 +144,32 @@ async def test_who_leaves_before_the_end_has_used_the_prompt_and_what_was_genera
         value for name, value in clients.of("192.0.2.1").headers() if name.endswith(b"remaining-tokens")
     ]
     assert int(left) == 1000 - 3 - COUNTED_CHUNK_TOKENS
+
+
+async def test_long_replies_of_a_stream_are_counted_while_they_are_made_and_once() -> None:
+    engine = FakeEngine("m")
+    clients = Clients(ApiSettings(tokens_per_minute=10_000), ["m"], clock=lambda: 0.0)
+    client = clients.of("192.0.2.1")
+
+    def used() -> int:
+        (left,) = [value for name, value in client.headers() if name.endswith(b"remaining-tokens")]
+        return 10_000 - int(left)
+
+    metered = MeteredEngine(engine, clients)
+    session = await metered.open_session("m", 2000, owner="192.0.2.1")
+    stream = session.generate(
+        GenerationRequest("some words more", chunk_tokens=1000, stop_sequences=("###",))
+    )
+    waiting = asyncio.create_task(anext(stream))
+    while used() < 3 + 2 * COUNTED_CHUNK_TOKENS:
+        await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait((waiting,))
+    assert used() == 3 + 2 * COUNTED_CHUNK_TOKENS
+
+    before = used()
+    session = await metered.open_session("m", 2000, owner="192.0.2.1")
+    request = GenerationRequest("some words more", chunk_tokens=50, stop_sequences=(" t99",))
+    chunks = [chunk async for chunk in session.generate(request)]
+    assert [chunk.token_count for chunk in chunks] == [50, 50]
+    assert used() - before == 3 + 100

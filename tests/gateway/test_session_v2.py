@@ -162,7 +162,16 @@ def test_a_full_context_ends_a_stream_with_its_text_and_an_error() -> None:
     protocol.receive_text(json.dumps(STREAMING))
     reply, *rest = protocol.chunk_generated(Chunk(" a", 1, FinishReason.CONTEXT_FULL))
     assert frames([reply]) == [{"ok": True, "outputs": " a", "stop": False, "token_count": 1}]
-    assert error_of(rest).message.startswith("Maximum length exceeded: the 64 tokens")
+    assert error_of(rest).message.startswith("Maximum length exceeded: the 64 tokens of the session")
+
+
+def test_a_context_that_the_swarm_limits_is_told_so() -> None:
+    protocol = opened()
+    protocol.receive_text(json.dumps(STREAMING))
+    _, *rest = protocol.chunk_generated(Chunk(" a", 1, FinishReason.CONTEXT_FULL, context_limit=40))
+    error = error_of(rest)
+    assert "the machines of the swarm allow 40 tokens in one context" in error.message
+    assert error.data == {"limit": 40}
 
 
 @pytest.mark.parametrize("message", [SINGLE, STREAMING])

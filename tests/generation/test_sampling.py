@@ -1,5 +1,6 @@
 """Sampling equals ``transformers``' processors on the same logits, alone and in any company."""
 
+import math
 from collections import Counter
 
 import msgspec
@@ -142,10 +143,11 @@ def test_filtered_tokens_never_come_even_at_the_edges_of_the_random_numbers() ->
         assert choose_tokens(logits, [edge]) == [token]
 
 
-@pytest.mark.parametrize("few", [1, 3, 16])
+@pytest.mark.parametrize("distances", [(0.5, math.inf), (2.0, 4.0, math.inf), (math.inf,)])
+@pytest.mark.parametrize("many", [1, 20])
 @pytest.mark.parametrize("parameters", [p for p in PARAMETERS if p.do_sample])
 def test_it_does_not_matter_among_how_many_tokens_is_looked_first(
-    parameters: SamplingParameters, few: int, monkeypatch: pytest.MonkeyPatch
+    parameters: SamplingParameters, distances: tuple[float, ...], many: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logits = random_logits(200).round()  # with many ties
     seeded = [msgspec.structs.replace(parameters, seed=row) for row in range(len(logits))]
@@ -154,7 +156,8 @@ def test_it_does_not_matter_among_how_many_tokens_is_looked_first(
         return choose_tokens(logits, [TokenSampler(each, VOCAB_SIZE, CONTEXT) for each in seeded])
 
     among_all = choose()
-    monkeypatch.setattr(sampling, "FEW_TOKENS", few)
+    monkeypatch.setattr(sampling, "DISTANCES", distances)
+    monkeypatch.setattr(sampling, "MANY_TOKENS", many)
     assert choose() == among_all
 
 

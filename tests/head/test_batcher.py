@@ -99,6 +99,20 @@ async def test_a_row_waits_for_those_that_are_about_to_come(
     assert modules.batches == [3]
 
 
+async def test_the_first_step_of_a_session_is_taken_to_be_as_long_as_another_sessions(
+    batcher: HeadBatcher, modules: NotingModules
+) -> None:
+    one, other = User(batcher, 1), User(batcher, 2, last_seconds=None)
+    batcher._last_trip_seconds = SOON
+    is_back = asyncio.Event()
+    asked = [asyncio.create_task(other.step_and_ask(is_back)), asyncio.create_task(one.ask())]
+    await let_it_begin()
+    assert modules.batches == []
+    is_back.set()
+    assert await asyncio.gather(*asked) == [user.likeliest(modules) for user in (other, one)]
+    assert modules.batches == [2]
+
+
 async def test_a_row_waits_for_clients_who_ask_for_each_token(
     batcher: HeadBatcher, modules: NotingModules
 ) -> None:

@@ -408,6 +408,26 @@ def test_petals_uses_what_is_put_in_the_place_of_its_own() -> None:
         assert getattr(block_functions, name) == float("inf")
 
 
+def test_a_process_passes_the_pipe_for_its_answers_once_for_all_tasks() -> None:
+    from hivemind.utils.mpfuture import MPFuture, UpdateType
+    from petals.server.task_pool import Task
+
+    from petals_chat.swarm.batching import _TaskQueue
+
+    futures = [MPFuture(), MPFuture()]
+    tasks = _TaskQueue()
+    for future in futures:
+        tasks.put(Task(1.0, time.monotonic(), future, ("step",)))
+    came = [tasks.get() for _ in futures]
+    assert len({id(task.future._sender_pipe) for task in came if task is not None}) == 1
+    for number, task in enumerate(came):
+        assert task is not None
+        task.future._send_update(UpdateType.RESULT, number)  # as set_result does in another process
+    assert [future.result(timeout=60) for future in futures] == [0, 1]
+    tasks.put(None)
+    assert tasks.get() is None
+
+
 def test_hivemind_loads_computes_and_sends_turns_one_after_the_other(llama: Blocks) -> None:
     """The real runtime, with steps that come while it computes."""
     from petals.server.server import RuntimeWithDeduplicatedPools

@@ -168,7 +168,7 @@ def _add_block_arguments(group: Any) -> None:
         type=_count,
         default=0,
         metavar="N",
-        help="CPU threads (default: as torch chooses, one for a small model)",
+        help="CPU threads (default: one for each CPU that it may use, one for a small model)",
     )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import socket
 from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Self
 
 from petals_chat.engine.interface import Chunk
 from petals_chat.errors import WorkerLostError, error_from_report
-from petals_chat.protocol.framing import FrameDecoder, encode_frame
+from petals_chat.protocol.channel import FrameChannel
 from petals_chat.protocol.messages import (
     AcknowledgeChunks,
     Cancel,
@@ -44,7 +46,6 @@ from petals_chat.protocol.messages import (
     encode,
 )
 
-READ_BYTES = 1 << 16
 WINDOW_CHUNKS = 16
 """Chunks of one generation that may be on their way: enough to hide the socket's delay, little to buffer."""
 
@@ -69,16 +70,10 @@ class WorkerConnection:
         on_status: called with each `StatusReported`.
     """
 
-    def __init__(
-        self,
-        model_key: str,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        on_status: Callable[[StatusReported], None],
-    ) -> None:
+    _channel: FrameChannel
+
+    def __init__(self, model_key: str, on_status: Callable[[StatusReported], None]) -> None:
         self._model_key = model_key
-        self._reader = reader
-        self._writer = writer
         self._on_status = on_status
         self._started: asyncio.Future[WorkerStarted] = asyncio.get_running_loop().create_future()
         # If the host never gets ready, nobody waits for this one; its exception is no surprise then.
@@ -87,18 +82,26 @@ class WorkerConnection:
         self._request_ids = itertools.count(1)
         self._lost = False
 
+    @classmethod
+    async def open(
+        cls, model_key: str, connection: socket.socket, on_status: Callable[[StatusReported], None]
+    ) -> Self:
+        """Begin to talk on a socket whose other end is a worker's."""
+        self = cls(model_key, on_status)
+        self._channel = await FrameChannel.open(connection, lambda body: self._hand_out(decode_event(body)))
+        return self
+
+    def close(self) -> None:
+        """Close the socket, which ends the worker."""
+        self._channel.close()
+
     async def run(self) -> None:
-        """Hand out the worker's events until it is gone; then fail what waits."""
-        decoder = FrameDecoder()
+        """Wait until the worker is gone; then fail what waits."""
         try:
-            while data := await self._reader.read(READ_BYTES):
-                for body in decoder.feed(data):
-                    self._hand_out(decode_event(body))
-        except ConnectionError:
-            pass
+            await self._channel.wait_for_end()
         finally:
             self._lost = True
-            self._writer.close()
+            self._channel.close()
             error = WorkerLostError(self._model_key)
             if not self._started.done():
                 self._started.set_exception(error)
@@ -189,6 +192,8 @@ class WorkerConnection:
                     answer.cached_tokens,
                     logprobs=answer.logprobs,
                     prompt_logprobs=answer.prompt_logprobs,
+                    tokens_ahead=answer.tokens_ahead,
+                    context_limit=answer.context_limit,
                 )
                 unacknowledged += 1
                 if unacknowledged >= WINDOW_CHUNKS // 2 and not ended:
@@ -204,6 +209,10 @@ class WorkerConnection:
         try:
             self._send(command)
             answer = await answers.get()
+        except asyncio.CancelledError:
+            if not self._lost:
+                self._send(Cancel(request_id))
+            raise
         finally:
             del self._answers[request_id]
         if isinstance(answer, RequestFailed):
@@ -217,7 +226,7 @@ class WorkerConnection:
 
     def _send(self, command: Command) -> None:
         # The worker reads at once, and what it is sent is bounded by the limits on requests and sessions.
-        self._writer.write(encode_frame(encode(command)))
+        self._channel.send(encode(command))
 
     def _hand_out(self, event: Event) -> None:
         match event:

@@ -26,6 +26,32 @@ ROOMY_TOKENS = 1024
 PREFILLS_AT_ONCE = 2
 """Pieces of prompts that may be on their way: one that a server computes, and one that travels meanwhile. Steps
 of a single token pass them, so a long prompt delays others by no more than these pieces."""
+PREFILL_SECONDS = 10.0
+"""A piece that takes longer is probably on its way to a server that does not answer: others go on without waiting."""
+
+DOUBTFUL_ROOM_SECONDS = 0.1
+"""How long servers may wait for room of a size that there never was; if it is more than all they have, they say so."""
+
+
+class Permit:
+    """The right to send a piece of a prompt; nobody keeps it for longer than `PREFILL_SECONDS`."""
+
+    def __init__(self, places: asyncio.Semaphore) -> None:
+        self._places = places
+        self._expiry: asyncio.TimerHandle | None = None
+        """While it is held."""
+
+    async def take(self) -> None:
+        """Hold it, as soon as there is a place."""
+        await self._places.acquire()
+        self._expiry = asyncio.get_running_loop().call_later(PREFILL_SECONDS, self.give_back)
+
+    def give_back(self) -> None:
+        """Let others have the place; it may be given back already."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+            self._places.release()
 
 
 class SwarmSession(Protocol):
@@ -34,8 +60,8 @@ class SwarmSession(Protocol):
     max_length: int
     position: int
 
-    async def step(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Hidden states [1, tokens, hidden_size] through all blocks."""
+    async def step(self, hidden_states: torch.Tensor, permit: Permit | None = None) -> torch.Tensor:
+        """Hidden states [1, tokens, hidden_size] through all blocks; ``permit`` is held by the caller."""
 
     async def close(self) -> None:
         """Free the servers' memory."""
@@ -63,7 +89,7 @@ class Swarm:
 
     Args:
         modules: for the embeddings.
-        open_session: makes attention caches for a number of tokens.
+        open_session: makes attention caches for a number of tokens; servers may wait for room for so many seconds.
         rooms: decides who may hold caches.
         prefill_chunk_tokens: longest piece of a prompt sent as one step.
     """
@@ -71,7 +97,7 @@ class Swarm:
     def __init__(
         self,
         modules: ClientModules,
-        open_session: Callable[[int], SwarmSession],
+        open_session: Callable[[int, float], SwarmSession],
         rooms: RoomQueue,
         *,
         prefill_chunk_tokens: int,
@@ -84,6 +110,8 @@ class Swarm:
         self.counts = Counts()
         self.longest_caches = sys.maxsize
         """Tokens of the longest caches that servers allow, as far as that is known."""
+        self.longest_held = 0
+        """Tokens of the longest caches that there were."""
 
 
 OnOutputs = Callable[[int, torch.Tensor], Awaitable[None]]
@@ -194,7 +222,8 @@ class Context:
         size = min(size, self.max_length)
         if len(self.tokens) <= self._swarm.longest_caches:
             size = min(size, self._swarm.longest_caches)
-        caches = self._swarm.open_session(size)
+        is_doubtful = is_scarce and size > self._swarm.longest_held
+        caches = self._swarm.open_session(size, DOUBTFUL_ROOM_SECONDS if is_doubtful else 0.0)
         try:
             hidden = await self._step(caches)
         except MaximumLengthExceededError as error:
@@ -209,6 +238,7 @@ class Context:
             await caches.close()
             raise
         self._swarm.longest_caches = max(size, self._swarm.longest_caches)  # other servers may have come
+        self._swarm.longest_held = max(size, self._swarm.longest_held)
         self._caches = caches
         return hidden
 
@@ -216,13 +246,16 @@ class Context:
         """The next piece of the history through all blocks: hidden states [1, tokens, hidden_size]."""
         start = caches.position
         end = min(start + self._swarm.prefill_chunk_tokens, len(self.tokens))
-        with torch.inference_mode():  # never over an await: the mode is the thread's, not the task's
-            hidden = self._swarm.modules.embed(self.tokens[start:end])
+        hidden = self._swarm.modules.embed(self.tokens[start:end])
         if end - start == 1:
             outputs = await caches.step(hidden)
         else:
-            async with self._swarm.prefills:
-                outputs = await caches.step(hidden)
+            permit = Permit(self._swarm.prefills)
+            try:
+                await permit.take()
+                outputs = await caches.step(hidden, permit)
+            finally:
+                permit.give_back()
         counts = self._swarm.counts
         counts.tokens_processed += end - start
         counts.tokens_replayed += max(0, min(end, self._tokens_sent) - start)

@@ -44,6 +44,10 @@ class Chunk(msgspec.Struct, frozen=True):
     """One for each token, if they were asked for."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """One for each of the next tokens of the prompt, if they were asked for; they come before all text."""
+    tokens_ahead: int = 0
+    """Tokens that come with the next chunk that has text; told only if the request has ``progress_tokens``."""
+    context_limit: int | None = None
+    """With `FinishReason.CONTEXT_FULL`: what the machines of the swarm allow, if that is less than the session."""
 
 
 class ModelState(enum.StrEnum):

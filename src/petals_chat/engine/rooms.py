@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from typing import NoReturn, Protocol, TypeVar
 
@@ -32,6 +33,11 @@ PATIENCE_SECONDS = 5.0
 SPARING_SECONDS = 30.0
 """Whoever found no room though nothing here held any, takes none from others for this time."""
 EXPIRY_CHECK_SECONDS = 5.0
+
+
+def client_of(owner: str) -> str:
+    """Who stands behind an owner: what its name has before a line break. Anybody can be as many owners as he likes."""
+    return owner.partition("\n")[0]
 
 
 class Applicant(Protocol):
@@ -101,7 +107,8 @@ class RoomQueue:
     """The contexts of one worker that hold caches, and those that wait for room.
 
     Args:
-        max_waiting: how many may wait. When that is reached, one more of an owner takes the place of the last one
+        max_waiting: how many may wait that have had no caches yet; who returns is never refused, and counts for
+            nobody's places. When it is reached, one more of a client, or of an owner, takes the place of the last one
             of whoever has the most there.
         timeout: seconds that one may wait.
         idle_timeout: seconds after which caches that nobody uses are given back, waiting or not.
@@ -159,7 +166,7 @@ class RoomQueue:
                 result = await attempt(False)
                 self._stays[resident] = _Stay(began)
                 return result
-        if self.waiting >= self._max_waiting and not is_return:
+        if not is_return and self._newcomers() >= self._max_waiting:
             self._displace_for(resident.owner)
         return await self._admit_in_turn(resident, attempt, applicant, is_return=is_return)
 
@@ -210,18 +217,32 @@ class RoomQueue:
                 await resident.evict()
 
     def _displace_for(self, owner: str) -> None:
-        """Make a place in the full queue, at the cost of an owner who has at least two more there."""
-        refusable = {
-            other: [waiter for waiter in queue if not waiter.is_return]
+        """Make a place in the full queue, at the cost of a client, or an owner, who has at least two more there."""
+        places = {
+            other: newcomers
             for other, queue in self._queues.items()
+            if (newcomers := [waiter for waiter in queue if not waiter.is_return])
         }
-        most = max(refusable, key=lambda other: len(refusable[other]), default=owner)
-        if len(refusable.get(most, [])) < len(self._queues.get(owner, [])) + 2:
-            raise AttentionCacheFullError(f"{self.waiting} others wait for room already")
-        waiter = refusable[most][-1]
+        of_clients: Counter[str] = Counter()
+        for other, newcomers in places.items():
+            of_clients[client_of(other)] += len(newcomers)
+        client = max(of_clients, key=of_clients.__getitem__, default="")
+        if of_clients[client] >= of_clients[client_of(owner)] + 2:
+            places = {other: each for other, each in places.items() if client_of(other) == client}
+            least = 1
+        else:
+            least = len(places.get(owner, ())) + 2
+        most = max(reversed(places), key=lambda other: len(places[other]), default=owner)
+        if len(places.get(most, ())) < least:
+            raise AttentionCacheFullError(f"{self._newcomers()} others wait for room already")
+        waiter = places[most][-1]
         waiter.is_displaced = True
         waiter.turn.set()
         self._remove(most, waiter)
+
+    def _newcomers(self) -> int:
+        waiters = itertools.chain(*self._queues.values(), () if self._head is None else (self._head,))
+        return sum(not waiter.is_return for waiter in waiters)
 
     async def _admit_in_turn(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from typing import Protocol
 
 import torch
@@ -40,6 +41,9 @@ class ChunkConsumer(Applicant, Protocol):
         usage: Usage,
         logprobs: tuple[TokenLogprobs, ...] = (),
         prompt_logprobs: tuple[TokenLogprobs, ...] = (),
+        *,
+        tokens_ahead: int = 0,
+        context_limit: int | None = None,
     ) -> None:
         """Take a chunk; waits while the client is slow. The last chunk has a ``finish_reason``."""
 
@@ -95,7 +99,11 @@ class Session:
             length_before = len(self._context.tokens)
             self._model.swarm.rooms.busy(self._context)
             try:
-                usage = self._add_inputs(request)
+                new_tokens = await self._encode(request, consumer)
+                if consumer.cancelled:
+                    await consumer.take("", 0, FinishReason.CANCELLED, Usage())
+                    return
+                usage = self._add_inputs(request, new_tokens)
                 if request.prompt_logprobs is not None:
                     self._context.on_outputs = self._prompt_describer(
                         request.prompt_logprobs, consumer, usage
@@ -122,11 +130,29 @@ class Session:
             else:
                 await self._context.drop_caches()
 
-    def _add_inputs(self, request: GenerationRequest) -> Usage:
+    async def _encode(self, request: GenerationRequest, consumer: ChunkConsumer) -> list[int]:
+        """The tokens of the request's input; whatever if the consumer is cancelled."""
+        if request.inputs is None or consumer.cancelled:
+            return []
+        encoding = asyncio.ensure_future(
+            self._model.tokenizer.encode_aside(request.inputs, at_start=not self._context.tokens)
+        )
+
+        def cancel() -> None:
+            encoding.cancel()
+
+        consumer.on_cancel = cancel
+        try:
+            return await encoding
+        except asyncio.CancelledError:
+            if not consumer.cancelled:
+                raise
+            return []
+        finally:
+            consumer.on_cancel = None
+
+    def _add_inputs(self, request: GenerationRequest, new_tokens: list[int]) -> Usage:
         tokens = self._context.tokens
-        new_tokens: list[int] = []
-        if request.inputs is not None:
-            new_tokens = self._model.tokenizer.encode(request.inputs, at_start=not tokens)
         if max(new_tokens, default=0) >= self._model.swarm.modules.embeddings.shape[0]:
             raise InvalidParameterError(
                 "inputs", "it has a token that the tokenizer knows and the model has no embedding for"
@@ -136,11 +162,7 @@ class Session:
             raise InvalidParameterError("inputs", "a new session needs some text to begin with")
         limit = min(self.max_length, request.max_length or self.max_length)
         if length >= limit:
-            raise MaximumLengthExceededError(
-                f"the context has {length} tokens with this input, which leaves no room for an "
-                f"answer within the {limit} tokens allowed",
-                limit=limit,
-            )
+            raise self._no_room(length, limit)
         usage = Usage()
         usage.prompt_tokens = len(new_tokens)
         if self._is_stateless and not tokens and request.prompt_logprobs is None:
@@ -149,6 +171,19 @@ class Session:
         if request.inputs is not None:
             self._detokenizer.start_after(self._context.tokens)
         return usage
+
+    def _no_room(self, length: int, limit: int) -> MaximumLengthExceededError:
+        if limit < self.max_length:
+            whose, remedy = "that max_length allows", "Ask for a larger max_length, or send less text"
+        elif self._is_stateless:
+            whose, remedy = "that the model may have here", "Send less text"
+        else:
+            whose, remedy = "of the session", "Send less text, or open a new session"
+        return MaximumLengthExceededError(
+            f"the context has {length} tokens with this input, which leaves no room for an answer within the "
+            f"{limit} tokens {whose}. {remedy}",
+            limit=limit,
+        )
 
     def _go_on_from_prefix(self, tokens: list[int]) -> int:
         """Take over an idle context that ``tokens`` extend, if there is one; returns its length."""
@@ -172,10 +207,11 @@ class Session:
         while finish_reason is None:
             try:
                 hidden_state = await self._feed(request, generated, consumer)
-            except MaximumLengthExceededError:  # the swarm's servers allow less than the session
+            except MaximumLengthExceededError as error:  # the swarm's servers allow less than the session
                 if not generated:
                     raise
-                await consumer.take(text, in_chunk, FinishReason.CONTEXT_FULL, usage, tuple(logprobs))
+                full = FinishReason.CONTEXT_FULL
+                await consumer.take(text, in_chunk, full, usage, tuple(logprobs), context_limit=error.limit)
                 return
             if hidden_state is None:
                 await consumer.take(text, in_chunk, FinishReason.CANCELLED, usage, tuple(logprobs))
@@ -203,11 +239,20 @@ class Session:
             if finish_reason or (chunk_is_full and not self._detokenizer.holds_tokens):
                 if finish_reason is FinishReason.LENGTH:  # many clients ask for one token after the other
                     model.batcher.expect(self._trip)
-                if consumer.is_slow:
-                    model.swarm.rooms.idle(self._context)  # others may have its caches for the time being
-                await consumer.take(text, in_chunk, finish_reason, usage, tuple(logprobs))
-                model.swarm.rooms.busy(self._context)
+                chunk = consumer.take(text, in_chunk, finish_reason, usage, tuple(logprobs))
+                await self._hand_over(chunk, consumer)
                 text, in_chunk, logprobs = "", 0, []
+            elif request.progress_tokens is not None and in_chunk % request.progress_tokens == 0:
+                chunk = consumer.take("", 0, None, usage, tokens_ahead=request.progress_tokens)
+                await self._hand_over(chunk, consumer)
+
+    async def _hand_over(self, chunk: Awaitable[None], consumer: ChunkConsumer) -> None:
+        """While the consumer is slow, others may have the context's caches."""
+        rooms = self._model.swarm.rooms
+        if consumer.is_slow:
+            rooms.idle(self._context)
+        await chunk
+        rooms.busy(self._context)
 
     async def _sampler(self, parameters: SamplingParameters) -> TokenSampler:
         model, vocab_size = self._model, self._model.swarm.modules.vocab_size

@@ -337,12 +337,11 @@ class _Worker:
     async def run(self) -> None:
         """Start the process and attend to it until it ends. Raises if it could not serve."""
         ours, theirs = socket.socketpair()
-        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        connection = await WorkerConnection.open(self._model.key, ours, self._receive_status)
         with theirs:
             process = await ChildProcess.start(
                 WORKER_MODULE, str(theirs.fileno()), pass_fds=[theirs.fileno()]
             )
-        connection = WorkerConnection(self._model.key, reader, writer, self._receive_status)
         attending = asyncio.create_task(connection.run())
         ended = asyncio.create_task(process.wait())
         # A forked daemon of a killed worker may keep its end of the socket open: the process's end counts.
@@ -363,7 +362,7 @@ class _Worker:
             ) from None
         finally:
             self._connection = self.started = self.report = None
-            writer.close()
+            connection.close()
             await process.stop()
             attending.cancel()
             await asyncio.gather(attending, ended, return_exceptions=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
@@ -23,9 +26,20 @@ from petals_chat.protocol.messages import (
     ToolStyle,
 )
 
+Result = TypeVar("Result")
+
+IN_LOOP_SIZE = 4096
+"""So many characters or tokens take 2 to 4 ms, about a step of the other sessions; what is longer has a thread. A
+megabyte takes up to 2 s."""
+MESSAGE_SIZE = 32
+"""What a message of a chat adds to its text: the template's part is rendered and tokenised for each."""
+
 
 class Tokenizer:
     """Text to token ids and back.
+
+    The coroutines let the event loop go on meanwhile: long texts are done in a thread, one after the other. One that is
+    cancelled before its turn is not begun.
 
     Args:
         chat_template: Jinja, in place of the tokenizer's own.
@@ -53,6 +67,29 @@ class Tokenizer:
         self._chat = ChatEncoder(self._tokenizer, chat_template, chat_separator)
         self._grammars = GrammarCompiler(self._tokenizer, self.end_of_sequence_ids)
         self._token_bytes = TokenBytes(self._tokenizer)
+        # Beside the loop: transformers sets options of the tokenizer with the first call only, which has been by now.
+        self._thread = ThreadPoolExecutor(1, "tokenizer")
+
+    async def encode_aside(self, inputs: str | ChatPrompt | tuple[int, ...], *, at_start: bool) -> list[int]:
+        """As `encode`."""
+        return await self._aside(_size(inputs), lambda: self.encode(inputs, at_start=at_start))
+
+    async def spell_aside(self, inputs: str | ChatPrompt, *, at_start: bool) -> EncodedText:
+        """The tokens that `encode` gives, with their texts."""
+        return await self._aside(_size(inputs), lambda: self.spelled(self.encode(inputs, at_start=at_start)))
+
+    async def decode_aside(self, tokens: tuple[int, ...]) -> str:
+        """As `decode`, of tokens that may be wrong.
+
+        Raises:
+            InvalidParameterError: there is no such token id.
+        """
+        return await self._aside(len(tokens), lambda: self.decode(self.encode(tokens, at_start=False)))
+
+    async def _aside(self, size: int, work: Callable[[], Result]) -> Result:
+        if size <= IN_LOOP_SIZE:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def encode(self, inputs: str | ChatPrompt | tuple[int, ...], *, at_start: bool) -> list[int]:
         """Token ids of ``inputs``; a text begins with its special tokens (BOS) only ``at_start`` of a session.
@@ -114,6 +151,18 @@ class Tokenizer:
         for token in ids:
             if not 0 <= token < size:
                 raise InvalidParameterError("inputs", f"token ids go from 0 to {size - 1}, not to {token}")
+
+
+def _size(inputs: str | ChatPrompt | tuple[int, ...]) -> int:
+    """Characters, or tokens; of a chat with functions, which are not counted, more than the loop may do."""
+    if not isinstance(inputs, ChatPrompt):
+        return len(inputs)
+    if inputs.tools:
+        return IN_LOOP_SIZE + 1
+    texts = [inputs.answer_prefix]
+    for message in inputs.messages:
+        texts += [message.content, *(call.arguments for call in message.tool_calls)]
+    return sum(map(len, texts)) + MESSAGE_SIZE * len(inputs.messages)
 
 
 def _end_of_sequence_ids(repository: str, revision: str | None, config: dict[str, object]) -> frozenset[int]:

@@ -26,10 +26,12 @@ from petals_chat.engine.sessions import Model, Session, Usage
 from petals_chat.engine.tokenizer import Tokenizer
 from petals_chat.errors import InternalError, PetalsChatError, SessionExpiredError
 from petals_chat.head.batcher import HeadBatcher
+from petals_chat.head.cpus import usable_threads
 from petals_chat.head.modules import load_client_modules
 from petals_chat.head.precision import resolve_device, resolve_dtype
 from petals_chat.head.tuning import row_seconds, use_threads_that_pay, with_fastest_head
 from petals_chat.models.checkpoint import client_tensors, open_checkpoint
+from petals_chat.protocol.channel import FrameChannel
 from petals_chat.protocol.framing import FrameDecoder, encode_frame
 from petals_chat.protocol.messages import (
     AcknowledgeChunks,
@@ -99,6 +101,9 @@ class _Generation:
         usage: Usage,
         logprobs: tuple[TokenLogprobs, ...] = (),
         prompt_logprobs: tuple[TokenLogprobs, ...] = (),
+        *,
+        tokens_ahead: int = 0,
+        context_limit: int | None = None,
     ) -> None:
         if not self.cancelled:
             await self._window.acquire()
@@ -112,6 +117,8 @@ class _Generation:
                 usage.cached_tokens,
                 logprobs,
                 prompt_logprobs,
+                tokens_ahead,
+                context_limit,
             )
         )
 
@@ -137,23 +144,23 @@ class Worker:
         swarm: for the status reports.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        swarm: SwarmClient,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-    ) -> None:
+    _channel: FrameChannel
+
+    def __init__(self, model: Model, swarm: SwarmClient) -> None:
         self._model = model
         self._swarm = swarm
-        self._reader = reader
-        self._writer = writer
         self._sessions: dict[str, Session] = {}
         self._generations: dict[int, _Generation] = {}
+        self._tokenisings: dict[int, asyncio.Task[None]] = {}
+        """Those that may take long."""
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def run(self, decoder: FrameDecoder) -> None:
+    async def run(self, started: WorkerStarted, connection: socket.socket, decoder: FrameDecoder) -> None:
         """Serve until the gateway closes the socket, then close all sessions."""
+        self._channel = await FrameChannel.open(
+            connection, lambda body: self._execute(decode_command(body)), decoder
+        )
+        self._send(started)
         background = [
             asyncio.create_task(self._report_status()),
             asyncio.create_task(self._swarm.stay_joined()),
@@ -161,9 +168,7 @@ class Worker:
             asyncio.create_task(self._model.swarm.rooms.expire_idle()),
         ]
         try:
-            while data := await self._reader.read(READ_BYTES):
-                for body in decoder.feed(data):
-                    self._execute(decode_command(body))
+            await self._channel.wait_for_end()
         finally:
             for task in background:
                 task.cancel()
@@ -173,6 +178,7 @@ class Worker:
             if pending := [*closing, *self._tasks]:
                 await asyncio.wait(pending, timeout=CLOSE_TIMEOUT_SECONDS)
             await self._model.prefixes.clear()
+            self._channel.close()
 
     def _execute(self, command: Command) -> None:
         match command:
@@ -189,12 +195,14 @@ class Worker:
             case Cancel():
                 if generation := self._generations.get(command.request_id):
                     generation.cancel()
+                elif tokenising := self._tokenisings.get(command.request_id):
+                    tokenising.cancel()
             case CloseSession():
                 self._start(command.request_id, self._close(command))
             case EncodeText():
-                self._start(command.request_id, self._encode(command))
+                self._start_tokenising(command.request_id, self._encode(command))
             case DecodeTokens():
-                self._start(command.request_id, self._decode(command))
+                self._start_tokenising(command.request_id, self._decode(command))
             case DescribeTokenizer():
                 description = self._model.tokenizer.description
                 self._send(TokenizerDescribed(command.request_id, description))
@@ -205,7 +213,7 @@ class Worker:
             case StartWorker():
                 raise AssertionError("the worker is started already")
 
-    def _start(self, request_id: int, work: Coroutine[None, None, None]) -> None:
+    def _start(self, request_id: int, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         async def guarded() -> None:
             try:
                 await work
@@ -220,6 +228,11 @@ class Worker:
         task = asyncio.create_task(guarded())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _start_tokenising(self, request_id: int, work: Coroutine[None, None, None]) -> None:
+        task = self._tokenisings[request_id] = self._start(request_id, work)
+        task.add_done_callback(lambda _: self._tokenisings.pop(request_id))
 
     def _start_generation(self, command: Generate) -> None:
         session = self._sessions.get(command.session_id)
@@ -247,14 +260,12 @@ class Worker:
         self._send(SessionClosed(command.request_id))
 
     async def _encode(self, command: EncodeText) -> None:
-        tokenizer = self._model.tokenizer
-        tokens = tokenizer.encode(command.inputs, at_start=command.add_special_tokens)
-        self._send(TextEncoded(command.request_id, tokenizer.spelled(tokens)))
+        text = await self._model.tokenizer.spell_aside(command.inputs, at_start=command.add_special_tokens)
+        self._send(TextEncoded(command.request_id, text))
 
     async def _decode(self, command: DecodeTokens) -> None:
-        tokenizer = self._model.tokenizer
-        tokens = tokenizer.encode(command.tokens, at_start=False)  # checks them
-        self._send(TokensDecoded(command.request_id, tokenizer.decode(tokens)))
+        text = await self._model.tokenizer.decode_aside(command.tokens)
+        self._send(TokensDecoded(command.request_id, text))
 
     async def _check_reachability(self, command: CheckReachability) -> None:
         reachability = await self._swarm.check_reachability(command.peer_id)
@@ -277,7 +288,7 @@ class Worker:
 
     def _send(self, event: Event) -> None:
         # What is unsent is bounded: by a window of chunks for each generation, one answer for each command.
-        self._writer.write(encode_frame(encode(event)))
+        self._channel.send(encode(event))
 
 
 def _read_start_command(connection: socket.socket, decoder: FrameDecoder) -> StartWorker | None:
@@ -293,8 +304,7 @@ def _read_start_command(connection: socket.socket, decoder: FrameDecoder) -> Sta
 
 
 def _load(command: StartWorker) -> tuple[Model, SwarmClient, WorkerStarted]:
-    if command.threads:
-        torch.set_num_threads(command.threads)
+    torch.set_num_threads(command.threads or usable_threads())
     checkpoint = open_checkpoint(command.repository, command.revision)
     config = checkpoint.config
     num_blocks = checkpoint.num_blocks
@@ -359,11 +369,7 @@ async def _serve(
     model: Model, swarm: SwarmClient, started: WorkerStarted, connection: socket.socket, decoder: FrameDecoder
 ) -> None:
     await swarm.refresh()
-    reader, writer = await asyncio.open_unix_connection(sock=connection)
-    writer.write(encode_frame(encode(started)))
-    with contextlib.suppress(ConnectionError):
-        await Worker(model, swarm, reader, writer).run(decoder)
-    writer.close()
+    await Worker(model, swarm).run(started, connection, decoder)
 
 
 def _end_reading(connection: socket.socket) -> None:

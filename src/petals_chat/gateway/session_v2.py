@@ -261,7 +261,7 @@ class SessionV2:
         if reason is None:
             return [frame]
         if reason is FinishReason.CONTEXT_FULL:
-            return [frame, *self.failed(self._context_full())]
+            return [frame, *self.failed(self._context_full(chunk.context_limit))]
         if reason is FinishReason.CANCELLED:
             return [frame, *self.failed(_cancelled())]
         self._running = None
@@ -365,10 +365,19 @@ class SessionV2:
             Record(record.chat, record.message, record.parent) if record else None,
         )
 
-    def _context_full(self) -> MaximumLengthExceededError:
+    def _context_full(self, swarm_limit: int | None) -> MaximumLengthExceededError:
         assert self._opening is not None
+        if swarm_limit is not None:
+            return MaximumLengthExceededError(
+                f"the machines of the swarm allow {swarm_limit} tokens in one context, and the session has as many. "
+                "Open a new one with less text, or serve the model on machines with more room",
+                limit=swarm_limit,
+            )
         limit = self._opening.max_length
-        return MaximumLengthExceededError(f"the {limit} tokens of the session are used up", limit=limit)
+        return MaximumLengthExceededError(
+            f"the {limit} tokens of the session are used up. Open a new one, longer or with less text",
+            limit=limit,
+        )
 
 
 def _cancelled() -> SessionExpiredError:

@@ -18,6 +18,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from petals_chat.engine.interface import Engine, EngineSession
 from petals_chat.errors import (
+    DeadlineExceededError,
     HistoryDisabledError,
     PetalsChatError,
     TooManyRequestsError,
@@ -25,7 +26,6 @@ from petals_chat.errors import (
 )
 from petals_chat.gateway.admission import Slots
 from petals_chat.gateway.answers import Answers, Generation
-from petals_chat.gateway.deadlines import deadline
 from petals_chat.gateway.error_responses import ErrorResponses
 from petals_chat.gateway.models import ModelRegistry
 from petals_chat.gateway.origins import is_same_origin
@@ -45,6 +45,7 @@ from petals_chat.gateway.visitors import visitor_of
 from petals_chat.history.interface import Record, Recording
 from petals_chat.protocol.messages import GenerationRequest
 from petals_chat.settings import LimitSettings
+from petals_chat.wait_limit import WaitLimit
 
 RecordAnswer = Callable[[str, Record], Recording]
 
@@ -113,7 +114,9 @@ class _Connection:
         self._record = record
         self._visitor = visitor_of(websocket)
         self._errors = errors
-        self._limits = limits
+        idle_seconds, request_seconds = limits.connection_idle_timeout_seconds, limits.request_timeout_seconds
+        self._idle_limit, self._send_limit = WaitLimit(idle_seconds), WaitLimit(idle_seconds)
+        self._request_limit = WaitLimit(request_seconds, lambda: DeadlineExceededError(request_seconds))
         self._actions: asyncio.Queue[Action] = asyncio.Queue()  # bounded by the protocol
         self._session: EngineSession | None = None
 
@@ -128,6 +131,8 @@ class _Connection:
         except* Exception as unexpected:
             await self.close_with(unexpected.exceptions[0])
         finally:
+            for limit in (self._idle_limit, self._send_limit, self._request_limit):
+                limit.close()
             await self._start_last_answer()
             if self._session is not None:
                 await self._session.close()
@@ -174,7 +179,7 @@ class _Connection:
     async def _next_action(self) -> Action:
         try:
             # Nothing runs while this waits, so it is the client that is idle.
-            async with asyncio.timeout(self._limits.connection_idle_timeout_seconds):
+            with self._idle_limit:
                 return await self._actions.get()
         except TimeoutError:
             if self._actions.empty():  # else a frame came in the same moment
@@ -183,7 +188,7 @@ class _Connection:
 
     async def _open(self, model_key: str, max_length: int) -> None:
         try:
-            async with deadline(self._limits.request_timeout_seconds):
+            with self._request_limit:
                 self._session = await self._engine.open_session(
                     model_key, max_length, owner=owner_of(self._websocket)
                 )
@@ -197,17 +202,15 @@ class _Connection:
         finish_reason = None
         following: list[Action] = []  # to be done when the engine's iterator has ended
         try:
-            async with (
-                deadline(self._limits.request_timeout_seconds),
-                aclosing(self._session.generate(request)) as chunks,
-            ):
-                async for chunk in chunks:
-                    finish_reason = chunk.finish_reason
-                    for action in self._protocol.chunk_generated(chunk):
-                        if isinstance(action, SendFrame):
-                            await self._send(action.text)
-                        else:
-                            following.append(action)
+            with self._request_limit:
+                async with aclosing(self._session.generate(request)) as chunks:
+                    async for chunk in chunks:
+                        finish_reason = chunk.finish_reason
+                        for action in self._protocol.chunk_generated(chunk):
+                            if isinstance(action, SendFrame):
+                                await self._send(action.text)
+                            else:
+                                following.append(action)
             assert finish_reason is not None, "the engine ended a generation without a reason"
         except PetalsChatError as error:
             following = self._protocol.failed(error)
@@ -273,7 +276,7 @@ class _Connection:
     async def _send(self, text: str) -> None:
         try:
             # A client that takes nothing for so long is gone, though its end of the socket may still be open.
-            async with asyncio.timeout(self._limits.connection_idle_timeout_seconds):
+            with self._send_limit:
                 await self._websocket.send({"type": "websocket.send", "text": text})
         except (TimeoutError, WebSocketDisconnect, RuntimeError):
             # RuntimeError is what starlette and uvicorn raise if the socket was closed from this side.

@@ -21,10 +21,15 @@ import torch
 from petals_chat.errors import InvalidParameterError
 from petals_chat.protocol.messages import SamplingParameters
 
-FEW_TOKENS = 256
-"""Most probable tokens that are looked at first for top-p, at most."""
-_FEW_SHARE = 64
-"""Up to this fraction of a row, torch.topk sorts partially, which is several times as fast."""
+DISTANCES = (3.0, 12.0, math.inf)
+"""How far below the highest score of a row tokens are looked at; if these do not suffice, those within the next one.
+
+Nearly always the first ones do, which are few; sorting a whole vocabulary costs as much as a small LM head.
+"""
+MANY_TOKENS = 1024
+"""More than these are not sorted, but for those of one level of scores."""
+_LEVELS, _LEVELS_PER_UNIT = 1024, 32.0
+"""How many levels there are, and how many from one score to one that is less by 1."""
 _UNSEEDED = random.Random()  # noqa: S311 - text, not keys
 """Shared by all generations without a seed: seeding one of its own takes as long as hundreds of draws."""
 
@@ -121,9 +126,7 @@ def process_logits(logits: torch.Tensor, samplers: Sequence[TokenSampler]) -> to
         if sampler.parameters.do_sample:
             row_scores = _by_temperature(scores[row : row + 1], [sampler])
             if _filters(sampler):
-                kept, token_ids = _kept_of_all(
-                    row_scores[0], row_scores.logsumexp(-1).item(), sampler.parameters
-                )
+                kept, token_ids = _kept(row_scores[0].cpu().numpy(), sampler.parameters)
                 row_scores = torch.full_like(row_scores, -math.inf)
                 row_scores[0, torch.from_numpy(token_ids)] = row_scores.new_tensor(kept)
             scores[row] = row_scores[0]
@@ -176,18 +179,11 @@ def _draw_plainly(scores: torch.Tensor, samplers: Sequence[TokenSampler]) -> lis
 
 
 def _draw_filtered(scores: torch.Tensor, samplers: Sequence[TokenSampler]) -> list[int]:
-    scores = _by_temperature(scores, samplers)
-    best, token_ids = torch.topk(scores, max(1, min(FEW_TOKENS, scores.shape[-1] // _FEW_SHARE)), dim=-1)
-    totals = scores.logsumexp(dim=-1).tolist()
-    # From here on row by row: with so few tokens, numpy is done before torch has begun.
-    looked_at = zip(best.double().cpu().numpy(), token_ids.cpu().numpy(), totals, strict=True)
-    tokens = []
-    for row, (sampler, few) in enumerate(zip(samplers, looked_at, strict=True)):
-        kept = _kept_of_best(*few, sampler.parameters, scores.shape[-1])
-        if kept is None:
-            kept = _kept_of_all(scores[row], few[-1], sampler.parameters)
-        tokens.append(_draw(*kept, sampler.draw()))
-    return tokens
+    # Row by row: with the few tokens that matter, numpy is done before torch has begun.
+    return [
+        _draw(*_kept(row / sampler.parameters.temperature, sampler.parameters), sampler.draw())
+        for sampler, row in zip(samplers, scores.cpu().numpy(), strict=True)
+    ]
 
 
 def _draw(scores: _Scores, token_ids: _TokenIds, draw: float) -> int:
@@ -210,59 +206,71 @@ def _invert(scores: torch.Tensor, draws: Sequence[float]) -> torch.Tensor:
     return torch.searchsorted(cumulated, limits, right=True).squeeze(-1)
 
 
-def _kept_of_best(
-    best: _Scores, token_ids: _TokenIds, total: float, parameters: SamplingParameters, vocab_size: int
-) -> tuple[_Scores, _TokenIds] | None:
-    """The tokens of a row that top-k and top-p keep, looked for among its most probable ones.
-
-    Sorting a whole vocabulary costs as much as a small LM head, and nearly always the first few tokens suffice.
+def _kept(row: _Scores, parameters: SamplingParameters) -> tuple[_Scores, _TokenIds]:
+    """The tokens that top-k and top-p keep.
 
     Args:
-        best: the highest scores, descending; ``token_ids`` says whose they are.
-        total: the logarithm of the sum of the exponentials of all scores of the row.
+        row: scores [vocab_size].
 
     Returns:
         Scores and ids of those kept, ids ascending, so that a random number means the same token however many were
-        looked at; None if these were too few to tell.
+        looked at.
     """
-    limit = _limit(best, total, parameters, vocab_size)
-    if limit is None:
-        return None
-    best = best[: np.count_nonzero(best >= limit[0])]
-    order = token_ids[: len(best)].argsort()
-    return _without_surplus(best[order], token_ids[order], *limit)
-
-
-def _kept_of_all(
-    scores: torch.Tensor, total: float, parameters: SamplingParameters
-) -> tuple[_Scores, _TokenIds]:
-    """As `_kept_of_best`, looked for among all tokens of a row: scores [vocab_size]."""
-    row = scores.cpu().numpy()
-    limit = _limit(np.sort(row)[::-1], total, parameters, len(row))  # several times as fast as torch's sort
-    assert limit is not None, "there are no more tokens"
-    token_ids = np.flatnonzero(row >= limit[0])
-    return _without_surplus(row[token_ids], token_ids, *limit)
+    highest = row.max()
+    total = highest + math.log(np.exp(row - highest).sum())
+    for distance in DISTANCES:
+        near = row[np.flatnonzero(row > highest - distance)]  # several times as fast as row[row > ...]
+        if limit := _limit(near, total, parameters, is_all=distance == math.inf):
+            token_ids = np.flatnonzero(row >= limit[0])
+            return _without_surplus(row[token_ids], token_ids, *limit)
+    raise AssertionError("all tokens were too few")
 
 
 def _limit(
-    best: _Scores, total: float, parameters: SamplingParameters, vocab_size: int
+    scores: _Scores, total: float, parameters: SamplingParameters, *, is_all: bool
 ) -> tuple[float, int] | None:
-    """The lowest score that top-k and top-p keep, and how many tokens they keep; arguments as `_kept_of_best`'s."""
-    least, is_all = best[-1], len(best) == vocab_size
-    if 0 < parameters.top_k < vocab_size:
-        kth_best = best[min(parameters.top_k, len(best)) - 1]
-        if kth_best == least and not is_all:
+    """The lowest score that top-k and top-p keep, and how many tokens they keep.
+
+    Args:
+        scores: the highest ones of a row, in any order.
+        total: the logarithm of the sum of the exponentials of all scores of the row.
+        is_all: whether the row has no others.
+
+    Returns:
+        None if there must be others.
+    """
+    if parameters.top_k > 0:
+        if len(scores) < parameters.top_k and not is_all:
             return None
-        # As in transformers, tokens that tie with the k-th best stay.
-        best = best[: np.count_nonzero(best >= kth_best)]
-        total = best[0] + math.log(np.exp(best - best[0], dtype=np.float64).sum())
-    kept = int(np.count_nonzero(best > -math.inf))
-    if parameters.top_p < 1.0:
-        # Each token stays before which the more probable ones do not make up top_p yet.
-        cumulated = np.exp(best[: kept - 1] - total, dtype=np.float64).cumsum()
-        kept = 1 + int(cumulated.searchsorted(parameters.top_p))
-    threshold = best[kept - 1]
-    return (threshold, kept) if is_all or threshold > least else None
+        if len(scores) > parameters.top_k:
+            kth_best = np.partition(scores, -parameters.top_k)[-parameters.top_k]
+            scores = scores[scores >= kth_best]  # as in transformers, tokens that tie with it stay
+        highest = scores.max()
+        total = highest + math.log(np.exp(scores - highest, dtype=np.float64).sum())
+        is_all = True
+    if parameters.top_p == 1.0:
+        return scores.min(), len(scores)
+    return _limit_of_top_p(scores, total, parameters.top_p, is_all=is_all)
+
+
+def _limit_of_top_p(scores: _Scores, total: float, top_p: float, *, is_all: bool) -> tuple[float, int] | None:
+    """As `_limit`: each token stays before which the more probable ones do not make up ``top_p`` yet."""
+    probabilities = np.exp(scores - total, dtype=np.float64)
+    if not is_all and probabilities.sum() < top_p:
+        return None
+    above, before = 0, 0.0
+    """How many tokens stay in any case, and their probability."""
+    if len(scores) > MANY_TOKENS:
+        distances = (scores.max() - scores) * _LEVELS_PER_UNIT
+        levels = np.minimum(distances, _LEVELS - 1, out=distances).astype(np.intp)
+        up_to = np.bincount(levels, probabilities, _LEVELS).cumsum()
+        if level := int(up_to.searchsorted(min(top_p, up_to[-1]))):
+            above, before = int(np.count_nonzero(levels < level)), up_to[level - 1]
+        scores = scores[levels == level]
+    best = np.sort(scores)[::-1]
+    cumulated = before + np.exp(best[:-1] - total, dtype=np.float64).cumsum()
+    count = 1 + int(cumulated.searchsorted(top_p))
+    return best[count - 1], above + count
 
 
 def _without_surplus(

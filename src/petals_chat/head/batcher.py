@@ -42,7 +42,7 @@ class Trip:
     def __init__(self) -> None:
         self.began = 0.0
         self.last_seconds: float | None = None
-        """How long the last one took; None before there was one."""
+        """How long the last one took; None before there was one, which is taken to be as long as another session's."""
 
 
 class HeadBatcher:
@@ -64,6 +64,8 @@ class HeadBatcher:
         self._batch_task: asyncio.Task[None] | None = None
         self._last_seconds = collections.deque([row_seconds], maxlen=2)
         """What batches took: of two groups that take turns, the larger one's counts."""
+        self._last_trip_seconds: float | None = None
+        """Of any session."""
         self._under_way: set[Trip] = set()
         self._awaited: set[Trip] = set()
         """Of those under way, the ones that a batch waits for."""
@@ -90,7 +92,7 @@ class HeadBatcher:
             self.expect(trip)
         try:
             yield
-            trip.last_seconds = time.monotonic() - trip.began
+            self._last_trip_seconds = trip.last_seconds = time.monotonic() - trip.began
         finally:
             self.forget(trip)
 
@@ -180,10 +182,11 @@ class HeadBatcher:
         self._awaited.clear()
         if now < limit:
             for trip in list(self._under_way):
-                if trip.last_seconds is None or trip.began + trip.last_seconds > limit:
+                seconds = self._last_trip_seconds if trip.last_seconds is None else trip.last_seconds
+                if seconds is None or trip.began + seconds > limit:
                     continue
-                grace = min((LATE - 1) * trip.last_seconds, max(self._last_seconds))
-                if (late := trip.began + trip.last_seconds + grace) > now:
+                grace = min((LATE - 1) * seconds, max(self._last_seconds))
+                if (late := trip.began + seconds + grace) > now:
                     self._awaited.add(trip)
                     until = max(until, late)
                 else:

@@ -40,8 +40,8 @@ class Norm:
         """Normalise the last dimension; any shape [..., hidden_size]."""
         if self.bias is not None:
             return F.layer_norm(hidden_states, self.weight.shape, self.weight, self.bias, self.epsilon)
-        exact = hidden_states.float()  # LlamaRMSNorm: the mean in float32, the product in the model's dtype
-        exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.epsilon)
+        # LlamaRMSNorm: the mean in float32, the product in the model's dtype
+        exact = F.rms_norm(hidden_states.float(), self.weight.shape, eps=self.epsilon)
         if self.adds_one:
             return (exact * (1.0 + self.weight.float())).to(hidden_states.dtype)
         return self.weight * exact.to(hidden_states.dtype)
@@ -76,8 +76,11 @@ class ClientModules:
 
     def embed(self, tokens: Sequence[int]) -> torch.Tensor:
         """Token ids to the input of block 0: [1, len(tokens), hidden_size]."""
-        ids = torch.tensor([tokens], device=self.embeddings.device)
-        hidden_states = F.embedding(ids, self.embeddings).to(self.dtype)
+        if len(tokens) == 1:  # the most frequent case; no index has to be made for it
+            rows = self.embeddings[None, tokens[0] : tokens[0] + 1]
+        else:
+            rows = F.embedding(torch.tensor([tokens], device=self.embeddings.device), self.embeddings)
+        hidden_states = rows.to(self.dtype)
         if self.embedding_scale is not None:
             hidden_states = hidden_states * self.embedding_scale
         return self.embeddings_norm(hidden_states) if self.embeddings_norm else hidden_states

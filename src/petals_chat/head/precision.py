@@ -56,7 +56,7 @@ def resolve_dtype(
 
 @functools.cache
 def cpu_computes_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 in hardware; elsewhere bfloat16 is slower than float32."""
+    """Whether the CPU multiplies bfloat16 in hardware; elsewhere it is slower than float32 but for single tokens."""
     try:
         flags = re.search(r"^flags\s*:(.*)$", CPU_INFO.read_text(), re.MULTILINE)
     except OSError:  # not Linux

@@ -96,7 +96,8 @@ class OpenSession(msgspec.Struct, frozen=True, tag="open_session"):
     session_id: str
     max_length: int
     owner: str = ""
-    """Whose it is, in words that mean nothing to the worker. Owners take turns where there is a queue."""
+    """Whose it is. Owners take turns where there is a queue. What stands before a line break, if there is one, is a
+    client who may be several owners."""
     is_stateless: bool = False
     """It is for one request, which may go on from the context of an earlier one of the same owner."""
 
@@ -149,6 +150,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """Limit on the tokens of the whole context, prompt included; None = no limit of its own."""
     chunk_tokens: int | None = None
     """One chunk for this many tokens; None = a single one at the end, with everything."""
+    progress_tokens: int | None = None
+    """Where chunks have more tokens, tell of each so many by a chunk without text; None = do not."""
     stop_sequences: tuple[str, ...] = ()
     """Matched on the generated text, across token borders; the matching text is part of the output."""
     hide_end_of_sequence: bool = False
@@ -176,7 +179,10 @@ class AcknowledgeChunks(msgspec.Struct, frozen=True, tag="acknowledge_chunks"):
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
-    """End the generation ``request_id`` now; it is answered by a last chunk with `FinishReason.CANCELLED`."""
+    """End the generation ``request_id`` now; it is answered by a last chunk with `FinishReason.CANCELLED`.
+
+    A text or tokens that wait to be encoded or decoded under this id are forgotten, without an answer.
+    """
 
     request_id: int
 
@@ -391,6 +397,10 @@ class ChunkGenerated(msgspec.Struct, frozen=True, tag="chunk_generated", omit_de
     """One for each token, if they were asked for."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """Those of some of the prompt's tokens, if they were asked for; they come before all text."""
+    tokens_ahead: int = 0
+    """Tokens that come with the next chunk that has text; told only if the request has ``progress_tokens``."""
+    context_limit: int | None = None
+    """With `FinishReason.CONTEXT_FULL`: what the machines of the swarm allow, if that is less than the session."""
 
 
 class EncodedText(msgspec.Struct, frozen=True):

@@ -117,7 +117,8 @@ class LimitSettings(Section):
     session_idle_timeout_seconds: Seconds = 300
     """A v1 session that is not used is closed after this time."""
     max_waiting_generations: Annotated[int, Field(ge=1)] = 256
-    """Generations of one worker that may wait for room in the swarm's attention caches."""
+    """Generations of one worker that may wait for room in the swarm's attention caches. Those that had room before and
+    gave it to others are not counted."""
     queue_timeout_seconds: Seconds = 300
     """A generation that has waited this long for room fails."""
     request_timeout_seconds: Seconds = 1800
@@ -236,7 +237,7 @@ class EngineSettings(Section):
     """How a CPU that computes in float32 has a 16-bit LM head: "mapped" from the file and converted as it is used,
     "copied" as float32, which takes twice the memory, or "auto", whichever is faster by a measurement at the start."""
     threads: Annotated[int, Field(ge=0)] = 0
-    """CPU threads of one process; 0 = as torch chooses, one for a small model."""
+    """CPU threads of one process; 0 = as many as there are CPUs that it may use, one for a small model."""
     workers: Annotated[int, Field(ge=1, le=64)] = 1
     """Processes for each model, among which its sessions are spread. They share the memory of 16-bit weights."""
     reuse_prefixes: bool = True

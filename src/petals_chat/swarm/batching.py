@@ -16,9 +16,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import multiprocessing
+import os
 import queue
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.queues import SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
 
 import petals.server.block_functions as petals_block_functions
@@ -82,6 +86,38 @@ def use_batching_pool(backends: Mapping[str, SwarmBackend], *, shares_turns: boo
     pool = BatchingPool(backends, shares_turns=shares_turns)
     for backend in backends.values():
         backend.inference_pool = pool
+
+
+class _TaskQueue:
+    """Takes tasks from the processes of handlers to the runtime, in the place of Petals' queue.
+
+    With each task goes the pipe by which it is answered, and to pass a pipe to another process costs more than all else
+    of a task. So a process passes its pipe once, ahead of its first task.
+    """
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[Task | tuple[int, Connection] | None] = multiprocessing.SimpleQueue()
+        self._sender: int | None = None
+        """The process that has passed its pipe; another one if this object was forked since."""
+        self._pipes: dict[int, Connection] = {}
+        """To the processes that have, by their ids."""
+
+    def put(self, task: Task | None) -> None:
+        """Send a task; None = there will be no more."""
+        if task is not None:
+            if self._sender != os.getpid():
+                self._sender = os.getpid()
+                self._queue.put((self._sender, task.future._sender_pipe))
+            task.future._sender_pipe = None  # which only processes use that answer
+        self._queue.put(task)
+
+    def get(self) -> Task | None:
+        """Wait for the next task."""
+        while isinstance(item := self._queue.get(), tuple):
+            sender, self._pipes[sender] = item
+        if item is not None:
+            item.future._sender_pipe = self._pipes[item.future._origin_pid]
+        return item
 
 
 class Step:
@@ -181,6 +217,7 @@ class BatchingPool(PrioritizedTaskPool):  # type: ignore[misc]
             device=first.inference_pool.device,
             name="inference",
         )
+        self.submitted_tasks = _TaskQueue()
         self._backends = backends
         self._shares_turns = shares_turns
         self._limits = CPU_LIMITS if self.device.type == "cpu" else GPU_LIMITS

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -62,6 +63,9 @@ class SwarmClient:
     """
 
     def __init__(self, options: SwarmOptions) -> None:
+        # For p2pd, hivemind's daemon, which is written in Go: with more threads, those that are woken for each message,
+        # and then look for more to do, take a third of its time.
+        os.environ["GOMAXPROCS"] = "1"
         public = options.initial_peers == "public"
         peers = tuple(PUBLIC_INITIAL_PEERS) if public else tuple(options.initial_peers)
         try:
@@ -131,9 +135,13 @@ class SwarmClient:
                 if await asyncio.to_thread(self._dht.run_coroutine, rejoin):
                     self._manager.update(wait=False)
 
-    def open_session(self, max_length: int) -> SwarmSession:
-        """A session with room for ``max_length`` tokens; servers are chosen and memory taken at its first step."""
-        return SwarmSession(self._routing, max_length)
+    def open_session(self, max_length: int, patience: float) -> SwarmSession:
+        """A session with room for ``max_length`` tokens; servers are chosen and memory taken at its first step.
+
+        Args:
+            patience: seconds that servers may wait for room; see `SwarmSession`.
+        """
+        return SwarmSession(self._routing, max_length, patience)
 
     @property
     def status(self) -> SwarmStatus:

@@ -73,7 +73,7 @@ class HostOptions:
     name: str | None
     """What monitors of the swarm show."""
     threads: int
-    """CPU threads; 0 = as torch chooses, one for a small model."""
+    """CPU threads; 0 = as many as there are CPUs that the host may use, one for a small model."""
     json: bool
     """Print one line of JSON when the host serves, as `HostReady`, and nothing else."""
     debug: bool

@@ -24,6 +24,7 @@ from petals.utils.convert_block import QuantType
 from petals.utils.dht import get_remote_module_infos
 
 from petals_chat.errors import ConfigurationError, SwarmUnreachableError
+from petals_chat.head.cpus import usable_threads
 from petals_chat.head.precision import resolve_dtype
 from petals_chat.models.checkpoint import Checkpoint
 from petals_chat.swarm.activity import Activity
@@ -81,8 +82,7 @@ class BlockServer:
         self._blocks_begun = 0
         self._options, self._checkpoint = options, checkpoint
         dtype = block_dtype(options, checkpoint, device)
-        if options.threads or _is_small(checkpoint):
-            torch.set_num_threads(options.threads or 1)
+        torch.set_num_threads(options.threads or (1 if _is_small(checkpoint) else usable_threads()))
         if options.identity:
             prepare_identity(options.identity)
         register(family)

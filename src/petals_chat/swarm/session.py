@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import re
 import uuid
 from collections.abc import Mapping, Sequence
@@ -26,13 +27,14 @@ from petals_chat.errors import (
     MissingBlocksError,
     SwarmUnreachableError,
 )
-from petals_chat.swarm import compat
+from petals_chat.swarm import compat, tensors
+from petals_chat.wait_limit import WaitLimit
 
 compat.install()
 
-from hivemind.compression import deserialize_torch_tensor, serialize_torch_tensor
 from hivemind.p2p import P2P, P2PHandlerError, PeerID
 from hivemind.proto import runtime_pb2
+from hivemind.proto.runtime_pb2 import CompressionType
 from hivemind.utils import MSGPackSerializer
 from petals.client.routing.sequence_manager import MissingBlocksError as PetalsMissingBlocksError
 from petals.data_structures import RemoteSpanInfo
@@ -41,6 +43,8 @@ from petals.utils.misc import DUMMY, DUMMY_INT64
 from petals.utils.packaging import pack_args_kwargs
 
 logger = logging.getLogger(__name__)
+
+_step_numbers = itertools.count()
 
 _Refusal = AttentionCacheFullError | MaximumLengthExceededError
 
@@ -83,24 +87,40 @@ class Routing(Protocol):
         """Seconds to wait after the failed attempt number ``attempt``, counted from 0."""
 
 
+class Permit(Protocol):
+    """What a step may have to hold, but not while it only waits; see `petals_chat.engine.contexts.Permit`."""
+
+    async def take(self) -> None:
+        """Hold it, as soon as it can be had."""
+
+    def give_back(self) -> None:
+        """Let others have it; it may be given back already."""
+
+
 class SwarmSession:
     """The attention caches of one context, spread over a chain of servers, with room for ``max_length`` tokens.
 
     One step at a time. After an error, and after a step that was cancelled, it can only be closed.
+
+    Args:
+        patience: seconds that servers may wait for room. Only those that wait, however short, tell a session that is
+            larger than all their room from one for which there is none now; meanwhile no other session can begin there.
     """
 
-    def __init__(self, routing: Routing, max_length: int) -> None:
+    def __init__(self, routing: Routing, max_length: int, patience: float = 0.0) -> None:
         self._routing = routing
+        self._patience = patience
         self._servers: list[_ServerSession] = []
         self.max_length = max_length
         self.position = 0
         """Tokens that the caches hold."""
 
-    async def step(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    async def step(self, hidden_states: torch.Tensor, permit: Permit | None = None) -> torch.Tensor:
         """Send hidden states through all blocks, replacing servers that fail.
 
         Args:
             hidden_states: [1, tokens, hidden_size], following those of the steps before.
+            permit: held by the caller; others may have it between two attempts.
 
         Returns:
             [1, tokens, hidden_size], of the same dtype and on the same device.
@@ -110,11 +130,11 @@ class SwarmSession:
             MaximumLengthExceededError: servers allow no session of ``max_length`` tokens, but one of its ``limit``.
         """
         assert self.position + hidden_states.shape[1] <= self.max_length, "the owner opens a larger session"
-        step_id = str(uuid.uuid4())
+        step_id = _new_step_id()
         outputs = hidden_states.cpu()
         index = block = 0
         while block < self._routing.num_blocks:
-            outputs = await self._step_with_retries(index, block, outputs, step_id)
+            outputs = await self._step_with_retries(index, block, outputs, step_id, permit)
             block = self._servers[index].span.end
             index += 1
         self.position += hidden_states.shape[1]
@@ -126,7 +146,7 @@ class SwarmSession:
         await asyncio.gather(*(server.close() for server in servers))
 
     async def _step_with_retries(
-        self, index: int, block: int, inputs: torch.Tensor, step_id: str
+        self, index: int, block: int, inputs: torch.Tensor, step_id: str, permit: Permit | None
     ) -> torch.Tensor:
         attempt = 0
         is_lost = False
@@ -139,8 +159,7 @@ class SwarmSession:
             except _ServerRefused as error:
                 # Not a failure of the server: nobody else has to avoid it, and waiting here would not help.
                 refusals[error.span.peer_id] = error.refusal
-                if isinstance(error.refusal, AttentionCacheFullError):
-                    self._routing.note_full(error.span)
+                self._routing.note_full(error.span)
             except (AttentionCacheFullError, MaximumLengthExceededError):
                 raise
             except Exception as error:
@@ -149,7 +168,11 @@ class SwarmSession:
                     raise _translate(error) from error
                 delay = self._routing.retry_delay(attempt - 1)
                 logger.debug("a step failed, trying again in %g s", delay, exc_info=True)
+                if permit is not None:
+                    permit.give_back()
                 await asyncio.sleep(delay)
+                if permit is not None:
+                    await permit.take()
             is_lost = True
 
     async def _replace_servers(self, index: int, block: int, refusals: Mapping[PeerID, _Refusal]) -> None:
@@ -167,10 +190,12 @@ class SwarmSession:
         for refusal in (refusals[span.peer_id] for span in spans if span.peer_id in refusals):
             raise refusal
         schema = await self._routing.tensor_schema(spans[0])
-        servers = [_ServerSession(self._routing, span, schema, self.max_length) for span in spans]
+        servers = [
+            _ServerSession(self._routing, span, schema, self.max_length, self._patience) for span in spans
+        ]
         try:
             for past in _joined(replaced[0].past_inputs if replaced else []):
-                outputs, step_id = past, str(uuid.uuid4())
+                outputs, step_id = past, _new_step_id()
                 for number, server in enumerate(servers):
                     outputs = await server.step(outputs, step_id, servers[number + 1 :])
         except BaseException:
@@ -183,20 +208,27 @@ class SwarmSession:
 class _ServerSession:
     """One server's part of a session: a stream of requests and answers, opened with the first step."""
 
-    def __init__(self, routing: Routing, span: RemoteSpanInfo, schema: Any, max_length: int) -> None:
+    def __init__(
+        self, routing: Routing, span: RemoteSpanInfo, schema: Any, max_length: int, patience: float
+    ) -> None:
         self.span = span
         self.past_inputs: list[torch.Tensor] = []
         """Inputs of all steps done, for the case that the server is lost; a list, since joining costs a copy."""
         self._routing = routing
         self._uids = routing.uids(span)
         self._session_id = str(uuid.uuid4())
-        self._max_length = max_length
+        self._max_length, self._patience = max_length, patience
         self._stream: _Stream | None = None
         hidden_schema, *_ = schema
         self._dtype, self._compression = hidden_schema.dtype, hidden_schema.compression
         # Petals' servers take prompts and hypothesis ids beside hidden states; the dummies stand for none.
-        self._other_tensors = [serialize_torch_tensor(dummy) for dummy in (DUMMY, DUMMY_INT64)]
-        _, self._structure = pack_args_kwargs(torch.empty(0), DUMMY, DUMMY_INT64)
+        self._other_tensors = [
+            tensors.serialize(dummy, CompressionType.NONE) for dummy in (DUMMY, DUMMY_INT64)
+        ]
+        _, structure = pack_args_kwargs(torch.empty(0), DUMMY, DUMMY_INT64)
+        # As a part of something larger, each tuple in it costs as much as all the rest.
+        self._structure = MSGPackSerializer._encode_ext_types(structure)
+        self._answer_limit = WaitLimit(routing.request_timeout)
 
     async def step(
         self, inputs: torch.Tensor, step_id: str, followers: Sequence[_ServerSession]
@@ -209,7 +241,7 @@ class _ServerSession:
         try:
             outputs = await self._step(inputs, step_id, followers)
         except Exception as error:
-            if refusal := _refusal_in(error):
+            if refusal := refusal_in(error, self._max_length):
                 raise _ServerRefused(self.span, refusal) from error
             self._routing.note_failure(self.span)
             raise
@@ -228,11 +260,12 @@ class _ServerSession:
         if self._stream is None:
             metadata = {**self._routing.request_metadata(self.span, self._uids), **metadata}
             metadata["max_length"] = self._max_length
+            metadata["alloc_timeout"] = self._patience
             self._stream = await self._connect()
         elif next_servers := list(itertools.takewhile(_ServerSession._has_begun, followers)):
             metadata["next_servers"] = [server._address() for server in next_servers]
-        hidden = serialize_torch_tensor(inputs.to(self._dtype), self._compression)
-        async with asyncio.timeout(self._routing.request_timeout):
+        hidden = tensors.serialize(inputs.to(self._dtype), self._compression)
+        with self._answer_limit:
             await self._stream.send(
                 runtime_pb2.ExpertRequest(
                     uid=self._uids,
@@ -241,10 +274,10 @@ class _ServerSession:
                 )
             )
             response = await self._stream.receive()
-        outputs: torch.Tensor = deserialize_torch_tensor(response.tensors[0])
+        outputs = tensors.deserialize(response.tensors[0])
         if outputs.shape != inputs.shape:
             raise ValueError(f"the server answered {tuple(inputs.shape)} with {tuple(outputs.shape)}")
-        if outputs.isnan().any():  # it would spoil the whole batch of the head
+        if math.isnan(outputs.sum().item()):  # it would spoil the whole batch of the head
             raise ValueError("the server answered with something that is no number")
         return outputs
 
@@ -257,6 +290,7 @@ class _ServerSession:
 
     async def close(self) -> None:
         """Tell the server that the session is over, and wait until it has freed its memory."""
+        self._answer_limit.close()
         if self._stream is None:
             return
         stream, self._stream = self._stream, None
@@ -337,24 +371,39 @@ class _Stream:
         self._writer.close()
 
 
+def _new_step_id() -> str:
+    """What servers know a step by when it reaches them twice: from the client and from the server before."""
+    return str(next(_step_numbers))
+
+
 def _joined(pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The pieces [1, tokens, hidden_size] as few ones of at most `REPLAY_TOKENS` tokens."""
     return list(torch.split(torch.cat(list(pieces), dim=1), REPLAY_TOKENS, dim=1)) if pieces else []
 
 
-def _refusal_in(error: Exception) -> _Refusal | None:
-    """Why a server does not take a session. Errors of servers arrive as text only."""
+def refusal_in(error: Exception, max_length: int) -> _Refusal | None:
+    """Why a server does not take a session of ``max_length`` tokens. Errors of servers arrive as text only."""
     if not isinstance(error, P2PHandlerError):
         return None
     text = str(error)
-    if "AllocationFailed" in text or "Could not allocate" in text:
-        return AttentionCacheFullError()
     if too_long := re.search(r"Cannot allocate KV cache for \d+ tokens, max = (\d{1,9})\b", text):
-        limit = int(too_long[1])
-        return MaximumLengthExceededError(
-            f"the machines of the swarm allow {limit} tokens in one context", limit=limit
-        )
+        return _too_long(int(too_long[1]))
+    if too_large := re.search(
+        r"Could not allocate (\d{1,18}) bytes, max cache size = (\d{1,18}) bytes", text
+    ):
+        wanted, size = map(int, too_large.groups())
+        return _too_long(max_length * size // wanted)
+    if any(sign in text for sign in ("AllocationFailed", "Could not allocate", "attention cache is full")):
+        return AttentionCacheFullError()
     return None
+
+
+def _too_long(limit: int) -> MaximumLengthExceededError:
+    return MaximumLengthExceededError(
+        f"the machines of the swarm allow {limit} tokens in one context. Send less text, begin a new session, or "
+        "serve the model on machines with more room",
+        limit=limit,
+    )
 
 
 def _translate(error: Exception) -> MissingBlocksError | SwarmUnreachableError:

@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+import pytest
 
+from petals_chat.errors import InvalidParameterError
+from petals_chat.gateway.openai import logprobs as logprobs_module
 from petals_chat.gateway.openai.logprobs import (
     ChatLogprobsWriter,
     CompletionLogprobsWriter,
     LogprobsFilter,
     LogprobsWriter,
     PlacedLogprobs,
+    check_collected,
 )
 from petals_chat.protocol.messages import FinishReason, TokenLogprobs, TokenProbability
 
@@ -123,6 +127,18 @@ def test_of_tokens_that_look_the_same_the_likeliest_counts() -> None:
 def test_without_tokens_there_is_nothing() -> None:
     assert written(ChatLogprobsWriter(), []) is None
     assert written(CompletionLogprobsWriter(), []) is None
+
+
+def test_what_is_kept_for_the_end_of_a_reply_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    writers = [ChatLogprobsWriter(), CompletionLogprobsWriter()]
+    for writer in writers:
+        writer.add([PlacedLogprobs(0, token) for token in tokens("a", "b")])
+        assert 0 < writer.size <= len(msgspec.json.encode(writer.value()))
+    monkeypatch.setattr(logprobs_module, "MAX_COLLECTED_BYTES", sum(writer.size for writer in writers))
+    check_collected(writers)
+    writers[0].add([PlacedLogprobs(2, token) for token in tokens("c")])
+    with pytest.raises(InvalidParameterError, match="fewer of them"):
+        check_collected(writers)
 
 
 def test_the_first_token_of_a_prompt_has_no_probability() -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
 
+from petals_chat.errors import InvalidParameterError
 from petals_chat.protocol.messages import FinishReason, TokenLogprobs, TokenProbability
+
+MAX_COLLECTED_BYTES = 32 * 1024 * 1024
+"""Log probabilities that are kept for the end of a reply, as JSON. Putting so many together takes some 50 ms."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,6 +89,25 @@ class LogprobsWriter(ABC):
     def value(self) -> msgspec.Raw | None:
         """The object; None for no tokens."""
 
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Bytes so far."""
+
+
+def check_collected(writers: Iterable[LogprobsWriter]) -> None:
+    """Keep a reply from growing for ever.
+
+    Raises:
+        InvalidParameterError: the log probabilities of all its choices are more than a reply may have.
+    """
+    if sum(writer.size for writer in writers) > MAX_COLLECTED_BYTES:
+        raise InvalidParameterError(
+            "logprobs",
+            f"those of this answer are more than the {MAX_COLLECTED_BYTES // 2**20} MiB that a reply may have. Ask for "
+            "fewer of them, or for a shorter answer",
+        )
+
 
 class ChatLogprobsWriter(LogprobsWriter):
     """Those of a chat completion."""
@@ -99,9 +122,14 @@ class ChatLogprobsWriter(LogprobsWriter):
 
     def value(self) -> msgspec.Raw | None:
         """The object; None for no tokens."""
-        if self._content.is_empty:
+        if not self._content.items:
             return None
-        return msgspec.Raw(b'{"content":%b,"refusal":null}' % self._content.value())
+        return _joined(b'{"content":[', self._content.items, b'],"refusal":null}')
+
+    @property
+    def size(self) -> int:
+        """Bytes so far."""
+        return len(self._content.items)
 
 
 class ContentLogprobsWriter(ChatLogprobsWriter):
@@ -109,7 +137,7 @@ class ContentLogprobsWriter(ChatLogprobsWriter):
 
     def value(self) -> msgspec.Raw:
         """The list."""
-        return msgspec.Raw(self._content.value())
+        return _joined(b"[", self._content.items, b"]")
 
 
 class CompletionLogprobsWriter(LogprobsWriter):
@@ -129,12 +157,19 @@ class CompletionLogprobsWriter(LogprobsWriter):
 
     def value(self) -> msgspec.Raw | None:
         """The object; None for no tokens."""
-        if self._tokens.is_empty:
+        if not self._tokens.items:
             return None
-        lists = (each.value() for each in (self._tokens, self._logprobs, self._top, self._offsets))
-        return msgspec.Raw(
-            b'{"tokens":%b,"token_logprobs":%b,"top_logprobs":%b,"text_offset":%b}' % tuple(lists)
+        return _joined(
+            *(b'{"tokens":[', self._tokens.items),
+            *(b'],"token_logprobs":[', self._logprobs.items),
+            *(b'],"top_logprobs":[', self._top.items),
+            *(b'],"text_offset":[', self._offsets.items, b"]}"),
         )
+
+    @property
+    def size(self) -> int:
+        """Bytes so far."""
+        return sum(len(each.items) for each in (self._tokens, self._logprobs, self._top, self._offsets))
 
 
 def described(token: TokenLogprobs) -> dict[str, Any]:
@@ -146,19 +181,17 @@ class _List:
     """A JSON list that grows."""
 
     def __init__(self) -> None:
-        self._items = bytearray()
-
-    @property
-    def is_empty(self) -> bool:
-        return not self._items
+        self.items = bytearray()
+        """Without the brackets."""
 
     def add(self, item: object) -> None:
-        if self._items:
-            self._items += b","
-        self._items += msgspec.json.encode(item)
+        if self.items:
+            self.items += b","
+        self.items += msgspec.json.encode(item)
 
-    def value(self) -> bytes:
-        return b"[%b]" % bytes(self._items)
+
+def _joined(*parts: bytes | bytearray) -> msgspec.Raw:
+    return msgspec.Raw(b"".join(parts))  # one copy: it may be many megabytes
 
 
 def _likeliest(token: TokenLogprobs) -> dict[str, float | None] | None:

@@ -25,6 +25,7 @@ from petals_chat.gateway.openai.logprobs import (
     LogprobsFilter,
     LogprobsWriter,
     PlacedLogprobs,
+    check_collected,
 )
 from petals_chat.gateway.openai.stop_text import StopTextFilter
 from petals_chat.gateway.openai.tools import Tools
@@ -193,6 +194,7 @@ class CompletionsWriter(ReplyWriter):
         """Keep the log probabilities."""
         if piece.logprobs:
             self._logprobs.setdefault(choice.index, self.logprobs_writer()).add(piece.logprobs)
+            check_collected(self._logprobs.values())
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         """The reply that is not a stream."""

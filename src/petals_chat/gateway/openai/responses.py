@@ -16,7 +16,7 @@ from msgspec import Meta
 from petals_chat.errors import InvalidParameterError
 from petals_chat.gateway.openai.errors import ErrorReply
 from petals_chat.gateway.openai.event_stream import event
-from petals_chat.gateway.openai.logprobs import ContentLogprobsWriter, described
+from petals_chat.gateway.openai.logprobs import ContentLogprobsWriter, check_collected, described
 from petals_chat.gateway.openai.parameters import (
     MAX_MESSAGES,
     MAX_TOOLS,
@@ -286,6 +286,7 @@ class ResponsesWriter(ReplyWriter):
     def collect(self, choice: Choice, piece: Piece) -> None:
         """Keep the log probabilities."""
         self._logprobs.add(piece.logprobs)
+        check_collected((self._logprobs,))
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         """The response."""
