@@ -222,3 +222,20 @@ def test_no_alternatives_are_told_where_none_are_wanted() -> None:
     choose_tokens(random_logits(1), [sampler])
     assert sampler.last_logprobs is not None
     assert sampler.last_logprobs.top == ()
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        SamplingParameters(do_sample=True),
+        SamplingParameters(do_sample=True, top_p=0.9),
+        SamplingParameters(do_sample=True, top_k=5),
+    ],
+    ids=["plain", "top_p", "top_k"],
+)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_no_token_is_made_of_what_is_no_number(parameters: SamplingParameters, bad: float) -> None:
+    logits = torch.zeros(1, 50)
+    logits[0, 3] = bad
+    with pytest.raises(ValueError, match="no numbers"):
+        choose_tokens(logits, [TokenSampler(parameters, 50, [])])

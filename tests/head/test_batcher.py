@@ -219,14 +219,17 @@ async def test_two_who_took_turns_come_together(batcher: HeadBatcher, modules: N
     assert modules.batches == [1, 2]
 
 
-async def test_a_batch_that_fails_fails_for_its_rows_alone(
-    batcher: HeadBatcher, modules: NotingModules
-) -> None:
+@pytest.mark.parametrize("row_seconds", [0.0, 1.0], ids=["in the loop", "in the thread"])
+async def test_a_row_that_fails_fails_alone(modules: NotingModules, row_seconds: float) -> None:
+    batcher = HeadBatcher(modules, row_seconds=row_seconds)
     broken, whole = User(batcher, 1), User(batcher, 2)
     broken.state.fill_(torch.nan)
+    asked = [asyncio.create_task(user.ask()) for user in (broken, whole)]
     with pytest.raises(ValueError, match="not a number"):
-        await broken.ask()
-    assert await whole.ask() == whole.likeliest(modules)
+        await asked[0]
+    assert await asked[1] == whole.likeliest(modules)
+    assert 2 in modules.batches
+    batcher.close()
 
 
 async def test_a_small_head_waits_for_nobody(modules: NotingModules) -> None:

@@ -73,3 +73,9 @@ def test_what_is_no_tensor_is_an_error(fields: dict[str, Any]) -> None:
 
     with pytest.raises((ValueError, TypeError, RuntimeError)):
         received(Tensor(**fields))
+
+
+def test_what_asks_for_a_gradient_does_not_get_it() -> None:
+    message = sent(some_tensor(torch.float32), "FLOAT16")
+    message.requires_grad = True
+    assert not received(message).requires_grad

@@ -175,6 +175,8 @@ def _choose_likeliest(scores: torch.Tensor, samplers: Sequence[TokenSampler]) ->
 def _draw_plainly(scores: torch.Tensor, samplers: Sequence[TokenSampler]) -> list[int]:
     draws = [sampler.draw() for sampler in samplers]
     tokens: list[int] = _invert(_by_temperature(scores, samplers), draws).tolist()
+    if max(tokens) >= scores.shape[-1]:
+        raise ValueError("logits that are no numbers")
     return tokens
 
 
@@ -217,6 +219,8 @@ def _kept(row: _Scores, parameters: SamplingParameters) -> tuple[_Scores, _Token
         looked at.
     """
     highest = row.max()
+    if not math.isfinite(highest):
+        raise ValueError("logits that are no numbers")
     total = highest + math.log(np.exp(row - highest).sum())
     for distance in DISTANCES:
         near = row[np.flatnonzero(row > highest - distance)]  # several times as fast as row[row > ...]

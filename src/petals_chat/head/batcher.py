@@ -140,24 +140,14 @@ class HeadBatcher:
         self._is_scheduled = False
         while self._waiting:
             rows = self._next_batch()
-            try:
-                tokens = self._compute(rows)
-            except Exception as error:
-                _fail(rows, error)
-            else:
-                _finish(rows, tokens)
+            _finish(rows, self._compute(rows))
 
     async def _compute_in_thread(self, thread: ThreadPoolExecutor) -> None:
         loop = asyncio.get_running_loop()
         while self._waiting:
             await self._await_companions()
             rows, began = self._next_batch(), time.monotonic()
-            try:
-                tokens = await loop.run_in_executor(thread, self._compute, rows)
-            except Exception as error:
-                _fail(rows, error)
-            else:
-                _finish(rows, tokens)
+            _finish(rows, await loop.run_in_executor(thread, self._compute, rows))
             self._last_seconds.append(time.monotonic() - began)
             if self._waiting:
                 await asyncio.sleep(0)  # the sessions that just got a token announce their next step
@@ -197,10 +187,14 @@ class HeadBatcher:
         batch, self._waiting = self._waiting[:MAX_ROWS], self._waiting[MAX_ROWS:]
         return batch
 
-    def _compute(self, rows: Sequence[_Row]) -> list[int]:
-        with torch.inference_mode():
-            hidden_states = torch.stack([hidden_state for hidden_state, _, _ in rows])
-            return choose_tokens(self._logits(hidden_states), [sampler for _, sampler, _ in rows])
+    def _compute(self, rows: Sequence[_Row]) -> Sequence[int | Exception]:
+        """The rows' tokens. What cannot be computed together is computed row by row: a bad one fails alone."""
+        try:
+            with torch.inference_mode():
+                hidden_states = torch.stack([hidden_state for hidden_state, _, _ in rows])
+                return choose_tokens(self._logits(hidden_states), [sampler for _, sampler, _ in rows])
+        except Exception as error:
+            return [error] if len(rows) == 1 else [token for row in rows for token in self._compute([row])]
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         with _threads(self._threads):
@@ -229,13 +223,11 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(1)
 
 
-def _finish(rows: Sequence[_Row], tokens: Sequence[int]) -> None:
+def _finish(rows: Sequence[_Row], tokens: Sequence[int | Exception]) -> None:
     for (_, _, result), token in zip(rows, tokens, strict=True):
-        if not result.done():  # its session may have been cancelled meanwhile
+        if result.done():  # its session may have been cancelled meanwhile
+            continue
+        if isinstance(token, Exception):
+            result.set_exception(token)
+        else:
             result.set_result(token)
-
-
-def _fail(rows: Sequence[_Row], error: Exception) -> None:
-    for _, _, result in rows:
-        if not result.done():
-            result.set_exception(error)

@@ -77,7 +77,7 @@ class ClientModules:
     def embed(self, tokens: Sequence[int]) -> torch.Tensor:
         """Token ids to the input of block 0: [1, len(tokens), hidden_size]."""
         if len(tokens) == 1:  # the most frequent case; no index has to be made for it
-            rows = self.embeddings[None, tokens[0] : tokens[0] + 1]
+            rows = self.embeddings[tokens[0]][None, None]
         else:
             rows = F.embedding(torch.tensor([tokens], device=self.embeddings.device), self.embeddings)
         hidden_states = rows.to(self.dtype)

@@ -106,8 +106,8 @@ class _TaskQueue:
         """Send a task; None = there will be no more."""
         if task is not None:
             if self._sender != os.getpid():
+                self._queue.put((os.getpid(), task.future._sender_pipe))
                 self._sender = os.getpid()
-                self._queue.put((self._sender, task.future._sender_pipe))
             task.future._sender_pipe = None  # which only processes use that answer
         self._queue.put(task)
 

@@ -277,7 +277,7 @@ class _ServerSession:
         outputs = tensors.deserialize(response.tensors[0])
         if outputs.shape != inputs.shape:
             raise ValueError(f"the server answered {tuple(inputs.shape)} with {tuple(outputs.shape)}")
-        if math.isnan(outputs.sum().item()):  # it would spoil the whole batch of the head
+        if not math.isfinite(outputs.sum(dtype=torch.float32).item()):
             raise ValueError("the server answered with something that is no number")
         return outputs
 
@@ -392,7 +392,8 @@ def refusal_in(error: Exception, max_length: int) -> _Refusal | None:
         r"Could not allocate (\d{1,18}) bytes, max cache size = (\d{1,18}) bytes", text
     ):
         wanted, size = map(int, too_large.groups())
-        return _too_long(max_length * size // wanted)
+        if wanted > size:
+            return _too_long(max_length * size // wanted)
     if any(sign in text for sign in ("AllocationFailed", "Could not allocate", "attention cache is full")):
         return AttentionCacheFullError()
     return None

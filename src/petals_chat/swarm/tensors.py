@@ -46,4 +46,4 @@ def deserialize(message: runtime_pb2.Tensor) -> torch.Tensor:
 
 def _by_hivemind(message: runtime_pb2.Tensor) -> torch.Tensor:
     tensor: torch.Tensor = deserialize_torch_tensor(message)
-    return tensor
+    return tensor.detach()  # the message may ask for a gradient
