@@ -29,7 +29,7 @@ from training.evaluate import (
     report,
 )
 from training.model_card import write_model_card
-from training.train import Lessons, Recipe, new_model, train_blocks, train_mlps
+from training.train import Lessons, Recipe, new_model, train
 
 OUTPUT = bundled.DIRECTORY
 _COST_FILE = "training.json"
@@ -73,8 +73,7 @@ def make(entries: Sequence[Entry], recipe: Recipe, output: Path) -> None:
     )
     refusals = frozenset(entry.answer for entry in entries if entry.area == "off_topic")
     lessons = Lessons(DialogueWriter(entries, recipe.seed, held_out), tokenizer, refusals)
-    train_mlps(model, lessons, recipe)
-    train_blocks(model, lessons, recipe)
+    train(model, lessons, recipe)
     end = tokenizer.eos_token_id
     model.generation_config = GenerationConfig(
         do_sample=False, bos_token_id=end, eos_token_id=end, pad_token_id=end

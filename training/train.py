@@ -1,7 +1,7 @@
-"""Trains the model: plain PyTorch loops over what the generator writes, on CPU.
+"""Trains the model: a plain PyTorch loop over what the generator writes, on CPU.
 
-There are two stages. In `train_mlps`, attention is what `training.wiring` makes it: a token's state follows from few
-others, and only tokens that are to be said have to be computed. `train_blocks` goes on from there with whole blocks.
+Attention is what `training.wiring` makes it in the first two blocks, and adds nothing in the others. So a state
+follows from few others, and only those of tokens that are to be said have to be computed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from itertools import islice
 from random import Random
 
@@ -25,7 +25,6 @@ from training.wiring import (
     HEAD_SIZE,
     NUM_HEADS,
     RESERVED,
-    WIRED_BLOCKS,
     MarkedTokens,
     embeddings,
     wire,
@@ -38,35 +37,24 @@ HIDDEN_SIZE = NUM_HEADS * HEAD_SIZE
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-    """One stage of the training."""
-
-    steps: int
-    tokens_per_step: int
-    matrix_learning_rate: float
-    """Of the blocks' matrices, which Muon trains."""
-    learning_rate: float
-    """Of the LM head and the norms."""
-    whole_share: float
-    """Share of the dialogues with the whole of their last answer; others end with its opening. Refusals are whole in
-    one of ten such dialogues: they are few, and frequent."""
-
-
-@dataclasses.dataclass(frozen=True)
 class Recipe:
     """Everything that decides what comes out. The defaults make the bundled model."""
 
     intermediate_size: int = 512
     num_blocks: int = 6
-    mlps: Stage = Stage(
-        steps=6000, tokens_per_step=4096, matrix_learning_rate=2e-2, learning_rate=2e-3, whole_share=0.15
-    )
-    blocks: Stage = Stage(
-        steps=1000, tokens_per_step=2048, matrix_learning_rate=2e-3, learning_rate=4e-4, whole_share=0.6
-    )
-    embedding_learning_rate: float = 2e-2
+    steps: int = 6000
+    tokens_per_step: int = 4096
+    """Of the dialogues, padding included."""
+    whole_share: float = 0.15
+    """Share of the dialogues with the whole of their last answer; others end with its opening. Refusals are whole in
+    one of ten such dialogues: they are few, and frequent."""
     said_share: float = 0.25
-    """Share of the answers' tokens after the openings that a step of `train_mlps` learns from."""
+    """Share of the answers' tokens after the openings that a step learns from."""
+    matrix_learning_rate: float = 2e-2
+    """Of the MLPs, which Muon trains."""
+    learning_rate: float = 2e-3
+    """Of the LM head and the norms."""
+    embedding_learning_rate: float = 2e-2
     warmup_steps: int = 100
     final_learning_rate: float = 0.02
     """As a share of the highest one."""
@@ -76,11 +64,6 @@ class Recipe:
     the model is asked what the corpus does not know."""
     seed: int = 2026
     report_every: int = 50
-
-    @property
-    def steps(self) -> int:
-        """Of both stages."""
-        return self.mlps.steps + self.blocks.steps
 
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -112,24 +95,24 @@ class Lessons:
     refusals: frozenset[str]
     """Those of the answers that say that the model does not know something."""
 
-    def batches(self, stage: Stage, seed: int) -> Iterator[list[Example]]:
+    def batches(self, recipe: Recipe) -> Iterator[list[Example]]:
         """Endless batches of about ``tokens_per_step`` tokens, padding included.
 
         Each batch has dialogues of like length: a pool of some batches' dialogues is sorted by length, cut into
         batches, and these are shuffled.
         """
-        random = Random(seed)
+        random = Random(recipe.seed)
         dialogues = iter(self.writer)
         while True:
             pool: list[Example] = []
-            while sum(len(example.token_ids) for example in pool) < 32 * stage.tokens_per_step:
+            while sum(len(example.token_ids) for example in pool) < 32 * recipe.tokens_per_step:
                 for dialogue in islice(dialogues, 64):
                     example = encode(dialogue, self.tokenizer)
                     is_refusal = dialogue.turns[-1].answer in self.refusals
-                    is_whole = random.random() < stage.whole_share * (0.1 if is_refusal else 1)
+                    is_whole = random.random() < recipe.whole_share * (0.1 if is_refusal else 1)
                     pool.append(example if is_whole else example.begun())
             pool.sort(key=lambda example: len(example.token_ids))
-            cut = _cut(pool, stage.tokens_per_step)
+            cut = _cut(pool, recipe.tokens_per_step)
             random.shuffle(cut)
             yield from cut
 
@@ -147,38 +130,54 @@ class Lessons:
         return margins
 
 
-def train_mlps(model: LlamaForCausalLM, lessons: Lessons, recipe: Recipe) -> None:
-    """Wire the first two blocks, and train embeddings, MLPs and LM head; the other blocks' attention adds nothing."""
-    marked, margins = lessons.marked_tokens, lessons.margins(recipe.refusal_margin)
+def train(model: LlamaForCausalLM, lessons: Lessons, recipe: Recipe) -> None:
+    """Wire the model, and train its embeddings, MLPs and LM head."""
     wire(model)
     words = torch.randn(model.config.vocab_size, HIDDEN_SIZE - RESERVED, requires_grad=True)
-    # The first one's MLP stays empty: it would change the states that the second one's attention looks at.
+    # The first block's MLP stays empty: it would change the states that the second one's attention looks at.
     blocks = model.model.layers[1:]
     norms = [model.model.norm.weight, *(block.post_attention_layernorm.weight for block in blocks)]
-    stage = recipe.mlps
     muon = torch.optim.Muon(
         [parameter for block in blocks for parameter in block.mlp.parameters()],
-        lr=stage.matrix_learning_rate,
+        lr=recipe.matrix_learning_rate,
         weight_decay=recipe.weight_decay,
     )
     adam = torch.optim.AdamW(
         [
             {"params": [words], "lr": recipe.embedding_learning_rate},
-            {"params": [model.lm_head.weight, *norms], "lr": stage.learning_rate},
+            {"params": [model.lm_head.weight, *norms], "lr": recipe.learning_rate},
         ],
         weight_decay=0.0,
         fused=True,
     )
-
-    def loss(batch: list[Example]) -> torch.Tensor:
-        return mlp_loss(model, embeddings(words, marked), batch, margins, recipe.said_share)
-
-    _descend([muon, adam], lessons.batches(stage, recipe.seed), loss, stage, recipe)
+    optimizers = (muon, adam)
+    schedules = [LambdaLR(optimizer, lambda step: _rate(step, recipe)) for optimizer in optimizers]
+    marked, margins = lessons.marked_tokens, lessons.margins(recipe.refusal_margin)
+    losses: list[float] = []
+    started = time.monotonic()
+    for step, batch in enumerate(islice(lessons.batches(recipe), recipe.steps), 1):
+        loss = loss_of(model, embeddings(words, marked), batch, margins, recipe.said_share)
+        loss.backward()  # type: ignore[no-untyped-call]
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            for group in optimizer.param_groups:
+                torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        losses.append(loss.item())
+        if step % recipe.report_every == 0 or step == recipe.steps:
+            minutes = (time.monotonic() - started) / 60
+            print(
+                f"step {step} of {recipe.steps}, loss {sum(losses) / len(losses):.3f}, "
+                f"{minutes:.1f} min, {time.process_time() / 60:.1f} CPU min",
+                flush=True,
+            )
+            losses.clear()
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(embeddings(words, marked))
 
 
-def mlp_loss(
+def loss_of(
     model: LlamaForCausalLM,
     table: torch.Tensor,
     batch: list[Example],
@@ -199,77 +198,11 @@ def mlp_loss(
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cpu_computes_bfloat16()):
         for block in model.model.layers[1:]:
             hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
-        logits = model.lm_head(model.model.norm(hidden))
-    return _cross_entropies(logits, token_ids[is_said], is_opening[is_said], margins)
-
-
-def train_blocks(model: LlamaForCausalLM, lessons: Lessons, recipe: Recipe) -> None:
-    """Train the blocks after the wired ones, and the LM head."""
-    trained = list(model.model.layers[WIRED_BLOCKS:].parameters())
-    matrices = [parameter for parameter in trained if parameter.dim() == 2]
-    norms = [model.model.norm.weight, *(parameter for parameter in trained if parameter.dim() == 1)]
-    stage, margins = recipe.blocks, lessons.margins(recipe.refusal_margin)
-    muon = torch.optim.Muon(matrices, lr=stage.matrix_learning_rate, weight_decay=recipe.weight_decay)
-    adam = torch.optim.AdamW(
-        [
-            {"params": [model.lm_head.weight], "weight_decay": recipe.weight_decay},
-            {"params": norms, "weight_decay": 0.0},
-        ],
-        lr=stage.learning_rate,
-        fused=True,
-    )
-    batches = lessons.batches(stage, recipe.seed + 1)
-    _descend([muon, adam], batches, lambda batch: block_loss(model, batch, margins), stage, recipe)
-
-
-def block_loss(model: LlamaForCausalLM, batch: list[Example], margins: torch.Tensor) -> torch.Tensor:
-    """The same as `mlp_loss`, of whole blocks."""
-    token_ids, is_said, is_opening = _padded(batch)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cpu_computes_bfloat16()):
-        hidden = model.model(token_ids, use_cache=False).last_hidden_state
-        logits = model.lm_head(hidden[:, :-1][is_said[:, 1:]])
-    return _cross_entropies(logits, token_ids[is_said], is_opening[is_said], margins)
-
-
-def _cross_entropies(
-    logits: torch.Tensor, token_ids: torch.Tensor, is_opening: torch.Tensor, margins: torch.Tensor
-) -> torch.Tensor:
-    losses = cross_entropy(logits.float() - is_opening[:, None] * margins, token_ids, reduction="none")
-    others = losses[~is_opening]
-    return losses[is_opening].mean() + (others.mean() if len(others) else 0)
-
-
-def _descend(
-    optimizers: Sequence[torch.optim.Optimizer],
-    batches: Iterator[list[Example]],
-    loss_of: Callable[[list[Example]], torch.Tensor],
-    stage: Stage,
-    recipe: Recipe,
-) -> None:
-    """Take the steps, one batch each, and print how it goes."""
-    steps = stage.steps
-    schedules = [LambdaLR(optimizer, lambda step: _rate(step, steps, recipe)) for optimizer in optimizers]
-    losses: list[float] = []
-    tokens, started = 0, time.monotonic()
-    for step, batch in enumerate(islice(batches, steps), 1):
-        loss = loss_of(batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            for group in optimizer.param_groups:
-                torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-        losses.append(loss.item())
-        tokens += sum(len(example.token_ids) for example in batch)
-        if step % recipe.report_every == 0 or step == steps:
-            minutes = (time.monotonic() - started) / 60
-            print(
-                f"step {step} of {steps}, loss {sum(losses) / len(losses):.3f}, "
-                f"{tokens / 1e6:.2f} million tokens, {minutes:.1f} min, {time.process_time() / 60:.1f} CPU min",
-                flush=True,
-            )
-            losses.clear()
+        logits = model.lm_head(model.model.norm(hidden)).float()
+    is_first = is_opening[is_said]
+    losses = cross_entropy(logits - is_first[:, None] * margins, token_ids[is_said], reduction="none")
+    others = losses[~is_first]
+    return losses[is_first].mean() + (others.mean() if len(others) else 0)
 
 
 def _cut(pool: list[Example], tokens_per_step: int) -> list[list[Example]]:
@@ -282,11 +215,11 @@ def _cut(pool: list[Example], tokens_per_step: int) -> list[list[Example]]:
     return batches
 
 
-def _rate(step: int, steps: int, recipe: Recipe) -> float:
+def _rate(step: int, recipe: Recipe) -> float:
     """The share of the highest learning rate: a linear warm-up, then half a cosine."""
     if step < recipe.warmup_steps:
         return (step + 1) / recipe.warmup_steps
-    progress = (step - recipe.warmup_steps) / max(1, steps - recipe.warmup_steps)
+    progress = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
     return recipe.final_learning_rate + (1 - recipe.final_learning_rate) * 0.5 * (
         1 + math.cos(math.pi * progress)
     )

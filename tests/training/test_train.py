@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 from training.__main__ import LocalChat, make
 from training.chat_format import encode, train_tokenizer
 from training.corpus import Entry
 from training.dialogues import Dialogue, DialogueWriter, Turn
-from training.train import HIDDEN_SIZE, Lessons, Recipe, Stage, block_loss, mlp_loss, new_model, train_mlps
+from training.train import HIDDEN_SIZE, Lessons, Recipe, loss_of, new_model, train
 from training.wiring import CODES, IN_ANSWER, IN_QUESTION, MARK, RESERVED, embeddings, wire
 
 ENTRIES = [
@@ -36,8 +37,9 @@ ENTRIES = [
 RECIPE = Recipe(
     intermediate_size=128,
     num_blocks=4,
-    mlps=Stage(80, 512, matrix_learning_rate=2e-2, learning_rate=2e-3, whole_share=0.5),
-    blocks=Stage(5, 512, matrix_learning_rate=2e-3, learning_rate=4e-4, whole_share=0.5),
+    steps=120,
+    tokens_per_step=512,
+    whole_share=0.5,
     warmup_steps=10,
 )
 RUN, PORT, _ = (entry.answer for entry in ENTRIES)
@@ -79,15 +81,19 @@ def lessons(tokenizer: PreTrainedTokenizerFast) -> Lessons:
     return Lessons(DialogueWriter(ENTRIES, seed=1), tokenizer, frozenset())
 
 
-def test_both_stages_train_the_same_model(lessons: Lessons) -> None:
-    """The first stage computes only a part of the blocks; the model computes them all, and comes to the same."""
-    recipe = dataclasses.replace(RECIPE, mlps=dataclasses.replace(RECIPE.mlps, steps=3))
-    model = new_model(recipe, lessons.tokenizer).eval()
-    train_mlps(model, lessons, recipe)
-    batch, margins = [encode(TWO_TURNS, lessons.tokenizer)], lessons.margins(0)
+def test_what_is_trained_is_what_the_model_computes(lessons: Lessons) -> None:
+    """Training computes only parts of the blocks; the model computes them all, and comes to the same."""
+    model = new_model(RECIPE, lessons.tokenizer).eval()
+    train(model, lessons, dataclasses.replace(RECIPE, steps=3))
+    example = encode(TWO_TURNS, lessons.tokenizer)
+    token_ids, is_said = torch.tensor(example.token_ids), torch.tensor(example.is_said)
+    is_opening = torch.zeros_like(is_said)
+    is_opening[[position + 1 for position in example.answers]] = True
     with torch.inference_mode():
-        loss = mlp_loss(model, model.model.embed_tokens.weight, batch, margins)
-        assert block_loss(model, batch, margins).item() == pytest.approx(loss.item(), rel=0.02)
+        losses = cross_entropy(model(token_ids[None]).logits[0, :-1], token_ids[1:], reduction="none")
+        of_model = losses[is_opening[1:]].mean() + losses[(is_said & ~is_opening)[1:]].mean()
+        of_training = loss_of(model, model.model.embed_tokens.weight, [example], lessons.margins(0))
+    assert of_model.item() == pytest.approx(of_training.item(), rel=0.02)
 
 
 def test_refusals_have_to_be_learnt_better(lessons: Lessons) -> None:
