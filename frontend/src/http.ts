@@ -20,7 +20,8 @@ export async function request<T>(method: string, path: string, body?: unknown, s
   try {
     response = await fetch(path, {
       method,
-      ...(seconds === undefined ? {} : { signal: AbortSignal.timeout(seconds * 1000) }),
+      // A browser that is too old for it waits as long as it takes.
+      signal: seconds === undefined ? null : (AbortSignal.timeout?.(seconds * 1000) ?? null),
       ...(body === undefined ? {} : { body: JSON.stringify(body), headers: { "Content-Type": "application/json" } }),
     });
   } catch {

@@ -2,7 +2,7 @@ import { afterEach, beforeEach, expect, test, vi } from "vitest";
 
 import type { AnswerRequest } from "../src/contract";
 import { Answer } from "../src/streams/answer";
-import type { AnswerOptions } from "../src/streams/answer";
+import type { AnswerOptions, Running } from "../src/streams/answer";
 import { FakeServer } from "./server";
 
 const REQUEST: AnswerRequest = { type: "answer", model: "m", messages: [{ role: "user", content: "Hi" }] };
@@ -131,6 +131,83 @@ test("a request whose fate is unknown is attached to if it runs", async () => {
   await pass(1);
   expect(server.received.map(({ type }) => type)).toEqual(["answer", "attach"]);
   expect(heard.text).toBe(PIECES.join(""));
+});
+
+/** An answer whose request was lost, and of which is being found out what came of it. */
+async function followLost() {
+  const server = new FakeServer(PIECES);
+  server.cuts.push(0);
+  let found: (running: Running | null | "over") => void = () => undefined;
+  const recover = vi.fn(() => new Promise<Running | null | "over">((resolve) => void (found = resolve)));
+  const followed = follow(server, REQUEST, recover);
+  await pass(1);
+  expect(recover).toHaveBeenCalledTimes(1);
+  expect(server.connections).toBe(0);
+  return { server, recover, found: (running: Running | null | "over") => found(running), ...followed };
+}
+
+test.each([null, { generation: "generation-1", position: 0 }])("many reasons to hope are one attempt: %j", async (running) => {
+  const { server, recover, found, answer, heard } = await followLost();
+  answer.hurry();
+  answer.hurry();
+  found(running);
+  await pass();
+  answer.hurry();
+  await pass(1);
+  expect(recover).toHaveBeenCalledTimes(1);
+  expect(server.received.map(({ type }) => type)).toEqual(["answer", running === null ? "answer" : "attach"]);
+  expect(server.connections).toBe(1);
+  server.makeAll();
+  await pass(1);
+  expect(heard).toMatchObject({ text: PIECES.join(""), ends: ["stop"] });
+  expect(server.connections).toBe(0);
+});
+
+test("an attempt that failed is not the last", async () => {
+  const server = new FakeServer(PIECES);
+  server.cuts.push(0);
+  const recover = vi.fn(async () => null).mockRejectedValueOnce(new Error("no network"));
+  const { answer, heard } = follow(server, REQUEST, recover);
+  while (recover.mock.calls.length === 0) await pass();
+  answer.hurry();
+  await pass();
+  expect(recover).toHaveBeenCalledTimes(2);
+  server.makeAll();
+  await pass();
+  expect(heard.ends).toEqual(["stop"]);
+});
+
+test("who leaves while it is found out what runs keeps no connection", async () => {
+  const { server, found, answer, heard } = await followLost();
+  answer.hurry();
+  answer.leave();
+  found({ generation: "generation-1", position: 0 });
+  server.makeAll();
+  await pass(60);
+  expect(server.connections).toBe(0);
+  expect(server.received).toEqual([REQUEST]);
+  expect(heard).toMatchObject({ text: "", ends: [] });
+});
+
+test("what is stopped while it is found out what runs is stopped", async () => {
+  const { server, found, answer, heard } = await followLost();
+  answer.stop();
+  found({ generation: "generation-1", position: 0 });
+  await pass(1);
+  expect(server.isStopped).toBe(true);
+  expect(server.received.map(({ type }) => type)).toEqual(["answer", "attach", "stop"]);
+  expect(heard.ends).toEqual(["stopped"]);
+  expect(server.connections).toBe(0);
+});
+
+test("what is stopped, and does not run, is not asked for again", async () => {
+  const { server, found, answer, heard } = await followLost();
+  answer.stop();
+  found(null);
+  await pass(1);
+  expect(server.received).toEqual([REQUEST]);
+  expect(heard.ends).toEqual(["stopped"]);
+  expect(server.connections).toBe(0);
 });
 
 test("an answer waits for a model that is being loaded", async () => {

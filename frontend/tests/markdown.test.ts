@@ -40,6 +40,57 @@ test("a long list that grows line by line ends as if it had come at once", () =>
   expect(blocks).toHaveLength(8);
 });
 
+test.each(["## Next\n", "```\ncode\n```\n", "1. other\n"])("what follows a long list at once is read once: %j", (next) => {
+  const document = `${"- item\n".repeat(60)}${next}\nThird.\n\nFourth.\n\nFifth.\n\nSixth.`;
+  const growing = new GrowingMarkdown();
+  growing.read(document, true);
+  expect(growing.read(document, false)).toEqual(new GrowingMarkdown().read(document, false));
+  expect(growing.read(document, false).slice(-3).map(({ source }) => source)).toEqual(["Fourth.", "Fifth.", "Sixth."]);
+});
+
+test.each(Array.from({ length: 60 }, (_, seed) => seed))("any text that grows in any steps is read once: %d", (seed) => {
+  const random = randomNumbers(seed);
+  const document = randomDocument(random);
+  const growing = new GrowingMarkdown();
+  for (let end = 0; end < document.length; end += 1 + random([50, 5000][random(2)]!)) {
+    const text = document.slice(0, end);
+    expect(letters(growing.read(text, false).map(({ source }) => source).join(""))).toBe(letters(text));
+  }
+  expect(growing.read(document, false)).toEqual(new GrowingMarkdown().read(document, false));
+});
+
+/** Whole numbers below `limit`, the same for the same seed: a linear congruential generator. */
+function randomNumbers(seed: number): (limit: number) => number {
+  let state = seed * 0x9e3779b1;
+  return (limit) => {
+    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
+    return Math.floor((state / 2 ** 32) * limit);
+  };
+}
+
+/** Blocks of each kind, with and without an empty line between them. */
+function randomDocument(random: (limit: number) => number): string {
+  const lines = (count: number, line: (index: number) => string) => Array.from({ length: count }, (_, index) => line(index)).join("\n");
+  const length = () => (random(3) === 0 ? 1 + random(5) : 45 + random(70));
+  const paragraph = () => lines(1 + random(3), (index) => `Sentence ${index}.`);
+  const kinds = [
+    () => lines(length(), (index) => `- item ${index}.`),
+    () => lines(length(), (index) => `${index + 1}. item ${index}.${index % 7 === 0 ? "\n   - nested" : ""}`),
+    () => lines(length(), (index) => `* [ ] loose ${index}.\n`),
+    () => `${"#".repeat(1 + random(4))} Heading`,
+    () => `\`\`\`js\n${lines(random(5), (index) => `const a = ${index};\n`)}\n\`\`\``,
+    () => `| a | b |\n| - | - |\n${lines(1 + random(5), (index) => `| ${index} | x |`)}`,
+    paragraph,
+    () => "> quoted",
+    () => "$$\nx\n$$",
+    () => "---",
+  ];
+  const some = () => kinds[random(kinds.length)]!() + "\n".repeat(1 + random(2));
+  return Array.from({ length: 10 }, () => `${some()}${some()}\n${paragraph()}\n\n${paragraph()}\n\n`).join("");
+}
+
+const letters = (text: string) => text.replace(/\s/g, "");
+
 test("only the end of a long text is read again", () => {
   const growing = new GrowingMarkdown();
   const paragraphs = Array.from({ length: 200 }, (_, index) => `Paragraph ${index}.`).join("\n\n");

@@ -66,6 +66,11 @@ export class FakeServer {
     this.#sockets.forEach((socket) => socket.pump());
   }
 
+  /** How many are open, or being opened. */
+  get connections(): number {
+    return this.#sockets.size;
+  }
+
   get tokensMade(): number {
     return this.pieces.slice(0, this.made).reduce((sum, { count }) => sum + count, 0);
   }

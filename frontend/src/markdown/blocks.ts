@@ -90,9 +90,14 @@ function partsOf(token: Token): Part[] {
   const list = token as Tokens.List;
   const count = Math.ceil(list.items.length / ITEMS_IN_PART);
   if (count === 1) return [token];
+  let end = 0;
   return Array.from({ length: count }, (_, index) => {
     const items = list.items.slice(index * ITEMS_IN_PART, (index + 1) * ITEMS_IN_PART);
-    return { ...list, items, raw: items.map(({ raw }) => raw).join(""), isContinued: index > 0 };
+    const begin = end;
+    for (const { raw } of items) end += raw.length;
+    // A line end after the list is the list's, not its last item's.
+    if (index === count - 1) end = list.raw.length;
+    return { ...list, items, raw: list.raw.slice(begin, end), isContinued: index > 0 };
   });
 }
 

@@ -58,6 +58,8 @@ export class Answer {
   #socket: Socket | null = null;
   #isConnected = false;
   #wasAsked = false;
+  /** It is found out what runs, or a connection is about to be made. */
+  #isReconnecting = false;
   #failures = 0;
   #timer: ReturnType<typeof setTimeout> | undefined;
   #stopTimer: ReturnType<typeof setTimeout> | undefined;
@@ -95,16 +97,18 @@ export class Answer {
 
   /** Do not wait for the next attempt: there is reason to hope. */
   hurry(): void {
-    if (this.#isOver || this.#socket !== null || this.#failures === 0) return;
+    if (this.#isOver || this.#isReconnecting || this.#socket !== null || this.#failures === 0) return;
     clearTimeout(this.#timer);
     void this.#reconnect();
   }
 
   #connect(): void {
+    this.#hangUp();
     const socket = this.#options.connect();
     this.#socket = socket;
     this.#timer = setTimeout(() => this.#lost(), CONNECT_SECONDS * 1000);
     socket.onopen = () => {
+      if (socket !== this.#socket) return;
       clearTimeout(this.#timer);
       this.#isConnected = true;
       this.#begin();
@@ -120,6 +124,8 @@ export class Answer {
   #begin(): void {
     if (this.#generation !== null) {
       this.#send({ type: "attach", generation: this.#generation, position: this.#reader.position });
+    } else if (this.#isStopping) {
+      return this.#finish("stopped", null); // nothing runs that could be stopped
     } else if (this.#request !== null) {
       this.#wasAsked = true;
       this.#send(this.#request);
@@ -148,7 +154,6 @@ export class Answer {
           listener.text(event.text, event.tokens);
           break;
         case "gap":
-          this.#hangUp();
           this.#connect();
           return;
         case "finished":
@@ -185,22 +190,27 @@ export class Answer {
   }
 
   async #reconnect(): Promise<void> {
-    const { recover } = this.#options;
-    if (this.#wasAsked && this.#generation === null && recover) {
-      try {
-        const found = await recover();
-        if (this.#isOver) return;
-        if (found === "over") return this.leave();
-        if (found !== null) {
-          this.#generation = found.generation;
-          this.#reader = new FrameReader(found.position);
-        }
-      } catch {
-        if (!this.#isOver) this.#again("connection_lost");
-        return;
-      }
+    this.#isReconnecting = true;
+    try {
+      await this.#recover();
+    } catch {
+      if (!this.#isOver) this.#again("connection_lost");
+      return;
+    } finally {
+      this.#isReconnecting = false;
     }
-    this.#connect();
+    if (!this.#isOver) this.#connect();
+  }
+
+  /** Find out what came of the request, if that is unknown. */
+  async #recover(): Promise<void> {
+    const { recover } = this.#options;
+    if (!recover || !this.#wasAsked || this.#generation !== null) return;
+    const found = await recover();
+    if (this.#isOver || found === null) return;
+    if (found === "over") return this.leave();
+    this.#generation = found.generation;
+    this.#reader = new FrameReader(found.position);
   }
 
   #finish(reason: FinishReason, promptTokens: number | null): void {
