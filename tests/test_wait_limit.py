@@ -72,3 +72,11 @@ async def test_one_limit_within_another() -> None:
     with pytest.raises(TimeoutError), outer, inner:
         await asyncio.Event().wait()
     outer.close()
+
+
+async def test_after_its_end_it_limits_nothing() -> None:
+    limit = WaitLimit(LONG)
+    limit.close()
+    limit.close()
+    with pytest.raises(AssertionError, match="no more waits"), limit:
+        pass

@@ -29,8 +29,10 @@ class WaitLimit:
         self._until = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._is_over = False
+        self._is_closed = False
 
     def __enter__(self) -> None:
+        assert not self._is_closed, "there are no more waits"
         assert self._waiting is None, "one wait after the other"
         task, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert task is not None
@@ -49,7 +51,8 @@ class WaitLimit:
                 raise self._error() from error
 
     def close(self) -> None:
-        """Give the timer up; there are no more waits."""
+        """Give the timer up; there are no more waits. Closing twice is no error."""
+        self._is_closed = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

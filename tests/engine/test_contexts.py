@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
 
-from petals_chat.engine import contexts
+from petals_chat.engine import contexts, tokenizer
 from petals_chat.engine.contexts import PREFILLS_AT_ONCE, Context, Permit, Swarm
+from petals_chat.engine.prefixes import PrefixStore
 from petals_chat.engine.rooms import RoomQueue
+from petals_chat.engine.sessions import Model, Session
+from petals_chat.engine.tokenizer import Tokenizer
 from petals_chat.errors import AttentionCacheFullError, MaximumLengthExceededError, MissingBlocksError
+from petals_chat.head.batcher import HeadBatcher
 from petals_chat.head.modules import ClientModules, load_client_modules
 from petals_chat.models.checkpoint import open_checkpoint
+from petals_chat.protocol.messages import ChatPrompt, GenerationRequest
 from petals_chat.swarm.session import SwarmSession
 
 PROMPT = [1, 2, 3, 4]
@@ -162,3 +168,42 @@ async def test_what_no_server_can_hold_is_refused_at_once_and_costs_others_nothi
         await context.feed(1, applicant)
     assert [may_wait for _, may_wait in SmallServer.opened] == [False, True]
     assert (swarm.rooms.waiting, swarm.rooms.residents) == (0, 1)
+
+
+class Consumer(Applicant):
+    is_slow = False
+
+    async def take(self, *_: object, **__: object) -> None:
+        pass
+
+
+async def test_others_may_have_the_caches_of_who_waits_for_the_tokenizer(
+    swarm: Swarm, modules: ClientModules, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "IN_LOOP_SIZE", 2)
+    texts = Tokenizer(str(model), None, {})
+    encode, is_begun, go_on = texts.encode, asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def waiting_encode(inputs: str | ChatPrompt | tuple[int, ...], *, at_start: bool) -> list[int]:
+        if len(cast(str, inputs)) > 2:
+            loop.call_soon_threadsafe(is_begun.set)
+            assert go_on.wait(TIMEOUT_SECONDS)
+        return encode(inputs, at_start=at_start)
+
+    monkeypatch.setattr(texts, "encode", waiting_encode)
+    batcher = HeadBatcher(modules, row_seconds=0.0)
+    session = Session(Model(texts, batcher, swarm, PrefixStore(idle_timeout=60)), "somebody", 100)
+    await session.generate(GenerationRequest("Hi", max_new_tokens=1), Consumer())
+    assert swarm.rooms.residents == 1
+    generating = asyncio.create_task(
+        session.generate(GenerationRequest("Hello", max_new_tokens=1), Consumer())
+    )
+    await is_begun.wait()
+    await swarm.rooms.evict_idle(0)
+    assert swarm.rooms.residents == 0
+    go_on.set()
+    await generating
+    assert swarm.rooms.residents == 1
+    assert swarm.counts.tokens_replayed > 0
+    await session.close()

@@ -203,6 +203,28 @@ async def test_one_client_with_many_names_cannot_fill_the_queue(places: Places, 
     await asyncio.wait(entering)
 
 
+async def test_clients_with_as_many_places_take_none_from_each_other() -> None:
+    """Whichever way they have spread them over visitors."""
+    queue = RoomQueue(max_waiting=9, timeout=60, idle_timeout=60)
+    places = Places(0, queue)
+    owners = ["head", *["x"] * 4, *(f"y\nvisitor {number}" for number in range(4))]
+    entering = []
+    for count, owner in enumerate(owners, 1):
+        entering.append(asyncio.create_task(Tenant(owner, places).enter()))
+        await waiting_for(queue, count)
+    for number in range(4, 8):
+        with pytest.raises(AttentionCacheFullError, match="9 others wait"):
+            await Tenant("late", places, f"y\nvisitor {number}").enter()
+    assert not any(task.done() for task in entering)
+    entering.append(asyncio.create_task(Tenant("z", places, "x\nvisitor").enter()))
+    with pytest.raises(AttentionCacheFullError, match="more of yours"):
+        await entering[4]
+    assert [task.done() for task in entering].count(True) == 1
+    for task in entering:
+        task.cancel()
+    await asyncio.wait(entering)
+
+
 async def test_those_who_return_take_no_places_from_others(places: Places, queue: RoomQueue) -> None:
     for name in "ab":
         await Tenant(name, places).enter()

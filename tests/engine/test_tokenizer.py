@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 
 import pytest
 
@@ -33,6 +35,10 @@ def held(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> threading.Eve
 
     monkeypatch.setattr(tokenizer, "encode", waiting_encode)
     return go_on
+
+
+class Text(str):
+    """One that can be referred to weakly."""
 
 
 def chat_of(text: str) -> ChatPrompt:
@@ -93,6 +99,24 @@ async def test_what_is_cancelled_before_its_turn_is_not_begun(
     held.set()
     await asyncio.gather(tasks[0], tasks[2])
     assert begun == ["a", "c"]
+
+
+async def test_what_is_cancelled_before_its_turn_is_not_kept(
+    tokenizer: Tokenizer, held: threading.Event
+) -> None:
+    running = asyncio.create_task(tokenizer.encode_aside(LONG_TEXT, at_start=True))
+    text = Text(LONG_TEXT)
+    waiting = asyncio.create_task(tokenizer.encode_aside(text, at_start=True))
+    await asyncio.sleep(0)
+    kept = weakref.ref(text)
+    waiting.cancel()
+    await asyncio.wait((waiting,))
+    del text, waiting
+    gc.collect()
+    is_kept = kept() is not None
+    held.set()
+    await running
+    assert not is_kept
 
 
 async def test_long_and_short_give_the_same(tokenizer: Tokenizer) -> None:

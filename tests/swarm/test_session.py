@@ -57,6 +57,16 @@ async def test_what_is_larger_than_a_server_is_too_long(cache: Any) -> None:
     assert refusal.limit == CACHE_TOKENS
 
 
+@pytest.mark.parametrize("wanted", [0, 5])
+async def test_a_server_that_has_room_and_gives_none_is_full(wanted: int) -> None:
+    from hivemind.p2p import P2PHandlerError
+
+    from petals_chat.swarm.session import refusal_in
+
+    error = P2PHandlerError(f"Could not allocate {wanted} bytes, max cache size = 5 bytes")
+    assert isinstance(refusal_in(error, 10), AttentionCacheFullError)
+
+
 async def test_other_errors_are_no_refusal() -> None:
     from hivemind.p2p import P2PHandlerError
 

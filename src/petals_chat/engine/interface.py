@@ -25,6 +25,14 @@ from petals_chat.protocol.messages import (
     WorkerStarted,
 )
 
+OWNER_SEPARATOR = "\n"
+"""In an owner's name between the client and which of the client's visitors it is."""
+
+
+def client_of(owner: str) -> str:
+    """Who stands behind an owner. Limits are counted by it, since anybody can be as many visitors as he likes."""
+    return owner.partition(OWNER_SEPARATOR)[0]
+
 
 class Chunk(msgspec.Struct, frozen=True):
     """A piece of generated text that cuts no character; the last one has a ``finish_reason``.
@@ -151,7 +159,7 @@ class Engine(Protocol):
         """Open a session of at most ``max_length`` tokens.
 
         Args:
-            owner: whose it is; owners take turns where there is a queue.
+            owner: whose it is; owners take turns where there is a queue. See `client_of`.
             is_stateless: it is for one request, which may go on from the context of an earlier one of its owner.
 
         Raises:

@@ -17,6 +17,7 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from typing import NoReturn, Protocol, TypeVar
 
+from petals_chat.engine.interface import client_of
 from petals_chat.errors import AttentionCacheFullError
 
 Result = TypeVar("Result")
@@ -33,11 +34,6 @@ PATIENCE_SECONDS = 5.0
 SPARING_SECONDS = 30.0
 """Whoever found no room though nothing here held any, takes none from others for this time."""
 EXPIRY_CHECK_SECONDS = 5.0
-
-
-def client_of(owner: str) -> str:
-    """Who stands behind an owner: what its name has before a line break. Anybody can be as many owners as he likes."""
-    return owner.partition("\n")[0]
 
 
 class Applicant(Protocol):
@@ -108,8 +104,8 @@ class RoomQueue:
 
     Args:
         max_waiting: how many may wait that have had no caches yet; who returns is never refused, and counts for
-            nobody's places. When it is reached, one more of a client, or of an owner, takes the place of the last one
-            of whoever has the most there.
+            nobody's places. When it is reached, one more of a client takes the place of the last one of the client
+            who has the most there; or of the same client's owner who has, if clients have about as many.
         timeout: seconds that one may wait.
         idle_timeout: seconds after which caches that nobody uses are given back, waiting or not.
     """
@@ -217,7 +213,10 @@ class RoomQueue:
                 await resident.evict()
 
     def _displace_for(self, owner: str) -> None:
-        """Make a place in the full queue, at the cost of a client, or an owner, who has at least two more there."""
+        """Make a place in the full queue, at the cost of a client who has at least two more there than the owner's.
+
+        If there is none, it is at the cost of one of the client's own owners, who has at least two more than this.
+        """
         places = {
             other: newcomers
             for other, queue in self._queues.items()
@@ -226,12 +225,10 @@ class RoomQueue:
         of_clients: Counter[str] = Counter()
         for other, newcomers in places.items():
             of_clients[client_of(other)] += len(newcomers)
-        client = max(of_clients, key=of_clients.__getitem__, default="")
-        if of_clients[client] >= of_clients[client_of(owner)] + 2:
-            places = {other: each for other, each in places.items() if client_of(other) == client}
-            least = 1
-        else:
-            least = len(places.get(owner, ())) + 2
+        loser, least = max(of_clients, key=of_clients.__getitem__, default=""), 1
+        if of_clients[loser] < of_clients[client_of(owner)] + 2:
+            loser, least = client_of(owner), len(places.get(owner, ())) + 2
+        places = {other: each for other, each in places.items() if client_of(other) == loser}
         most = max(reversed(places), key=lambda other: len(places[other]), default=owner)
         if len(places.get(most, ())) < least:
             raise AttentionCacheFullError(f"{self._newcomers()} others wait for room already")

@@ -97,12 +97,12 @@ class Session:
         """
         async with self._turn:
             length_before = len(self._context.tokens)
-            self._model.swarm.rooms.busy(self._context)
             try:
                 new_tokens = await self._encode(request, consumer)
                 if consumer.cancelled:
                     await consumer.take("", 0, FinishReason.CANCELLED, Usage())
                     return
+                self._model.swarm.rooms.busy(self._context)  # others could have the caches during a long text
                 usage = self._add_inputs(request, new_tokens)
                 if request.prompt_logprobs is not None:
                     self._context.on_outputs = self._prompt_describer(

@@ -89,7 +89,11 @@ class Tokenizer:
     async def _aside(self, size: int, work: Callable[[], Result]) -> Result:
         if size <= IN_LOOP_SIZE:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        to_do = [work]
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: to_do.pop()())
+        finally:
+            to_do.clear()  # what is cancelled stays in the thread's queue until its turn, but not with its text
 
     def encode(self, inputs: str | ChatPrompt | tuple[int, ...], *, at_start: bool) -> list[int]:
         """Token ids of ``inputs``; a text begins with its special tokens (BOS) only ``at_start`` of a session.

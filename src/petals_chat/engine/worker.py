@@ -228,6 +228,9 @@ class Worker:
         task = asyncio.create_task(guarded())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(
+            lambda _: work.close()
+        )  # who is cancelled before the first step never awaits it
         return task
 
     def _start_tokenising(self, request_id: int, work: Coroutine[None, None, None]) -> None:

@@ -17,14 +17,20 @@ from contextlib import aclosing, contextmanager
 
 import msgspec
 
-from petals_chat.engine.interface import Chunk, Engine, EngineSession, EngineTokenizer, ModelStatus
+from petals_chat.engine.interface import (
+    Chunk,
+    Engine,
+    EngineSession,
+    EngineTokenizer,
+    ModelStatus,
+    client_of,
+)
 from petals_chat.errors import (
     ConfigurationError,
     InvalidApiKeyError,
     ModelNotAllowedError,
     RateLimitExceededError,
 )
-from petals_chat.gateway.owners import address_of
 from petals_chat.protocol.messages import GenerationRequest
 from petals_chat.settings import ApiKeySettings, ApiSettings
 
@@ -201,7 +207,7 @@ class Clients:
 
     def of(self, owner: str) -> Client:
         """The client of this name, whichever visitor he is."""
-        owner = address_of(owner)
+        owner = client_of(owner)
         client = self._clients.get(owner)
         if client is None:
             client = self._clients[owner] = Client(self._limits(owner), self._clock)
