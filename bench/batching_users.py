@@ -50,7 +50,7 @@ class Users:
         return self._swarm.run(self._generate(prompts, tokens))
 
     async def _generate(self, prompts: Sequence[list[int]], tokens: int) -> Answers:
-        sessions = [self._swarm.open_session(len(prompt) + tokens) for prompt in prompts]
+        sessions = [self._swarm.open_session(len(prompt) + tokens, patience=0.0) for prompt in prompts]
         try:
             starts = [self._read(*user) for user in zip(sessions, prompts, strict=True)]
             firsts = await asyncio.gather(*starts)
