@@ -19,7 +19,7 @@ SIZES: dict[str, ViewportSize] = {
 }
 Scheme = Literal["light", "dark"]
 SCHEMES: tuple[Scheme, ...] = ("light", "dark")
-QUESTION = "How does a swarm run a model?"
+QUESTION = "What is Petals Chat?"
 TIMEOUT_MILLISECONDS = 120_000
 SETTLE_MILLISECONDS = 600
 """For what comes a moment later: colours, formulas, the end of a movement."""
