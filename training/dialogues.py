@@ -81,11 +81,6 @@ class DialogueWriter:
         turns = tuple(Turn(self._question(entry), entry.answer) for entry in entries)
         return Dialogue(system if random.random() < _SYSTEM_SHARE else None, turns)
 
-    def shortest(self) -> Dialogue:
-        """One question, without a system text, and its answer."""
-        entry = self._next_entry(None)
-        return Dialogue(None, (Turn(self._question(entry), entry.answer),))
-
     def _next_entry(self, previous: Entry | None) -> Entry:
         follow_ups = self._follow_ups.get(previous.topic, []) if previous else []
         if follow_ups and self._random.random() < _FOLLOW_UP_SHARE:

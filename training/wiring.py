@@ -87,10 +87,7 @@ def wire(model: LlamaForCausalLM) -> None:
         _look(first, 2, _STEP_WAVES, CONSTANT, _STEP_HEIGHT, distance=1)
         _look(first, 3, _STEP_WAVES, CONSTANT, _STEP_HEIGHT, distance=2)
         for head, code in enumerate(CODES, 1):
-            size = code.stop - code.start
-            rows = slice(head * HEAD_SIZE, head * HEAD_SIZE + size)
-            torch.nn.init.orthogonal_(first.v_proj.weight[rows, RESERVED:])
-            first.o_proj.weight[code, rows] = _CODE_SCALE * torch.eye(size)
+            _write(first, head, code, _CODE_SCALE)
         for head in range(NUM_HEADS):
             wanted, other = (IN_ANSWER, IN_QUESTION) if head == 0 else (IN_QUESTION, IN_ANSWER)
             _look(second, head, _RECENT_WAVES, CONSTANT, _RECENT_HEIGHT)
@@ -98,10 +95,8 @@ def wire(model: LlamaForCausalLM) -> None:
             _look(second, head, (_KIND_WAVE,), other, -_KIND_HEIGHT / MARK)
         second.v_proj.weight.fill_diagonal_(1)[:RESERVED] = 0
         second.o_proj.weight.fill_diagonal_(_MEAN_SCALE)
-        said = second.v_proj.weight[: SAID_CODE.stop - SAID_CODE.start, RESERVED:]
-        torch.nn.init.orthogonal_(said)
         second.o_proj.weight[:RESERVED] = 0
-        second.o_proj.weight[SAID_CODE, : len(said)] = _MEAN_SCALE * torch.eye(len(said))
+        _write(second, 0, SAID_CODE, _MEAN_SCALE)
 
 
 def embeddings(words: torch.Tensor, marked: MarkedTokens) -> torch.Tensor:
@@ -145,17 +140,14 @@ def wired_states(
     words = hidden[..., RESERVED:]
     codes = []
     for head, code in enumerate(CODES, 1):
-        rows = slice(head * HEAD_SIZE, head * HEAD_SIZE + code.stop - code.start)
-        values = words @ first.v_proj.weight[rows, RESERVED:].T.detach()
-        codes.append(_CODE_SCALE * weights[:, head] @ values)
+        codes.append(_CODE_SCALE * weights[:, head] @ (words @ _projection(first, head, code).T))
     nothing_said = words.new_zeros(*words.shape[:-1], SAID_CODE.stop - SAID_CODE.start)
     hidden = torch.cat([hidden[..., :IN_QUESTION], kinds, *codes, nothing_said, words], dim=-1)
     normed = rms_norm(hidden, hidden.shape[-1:], eps=model.config.rms_norm_eps)
     with torch.no_grad():
         weights = _weights(second, normed, rotary, range(2))
     words = normed[..., RESERVED:]
-    projection = second.v_proj.weight[: SAID_CODE.stop - SAID_CODE.start, RESERVED:].detach()
-    said = (weights[:, 0] @ (words @ projection.T))[places]
+    said = (weights[:, 0] @ (words @ _projection(second, 0, SAID_CODE).T))[places]
     means = (weights[:, 1] @ words)[places]
     added = torch.cat([said, means], dim=-1)
     return hidden[places] + _MEAN_SCALE * torch.nn.functional.pad(added, (SAID_CODE.start, 0))
@@ -175,6 +167,21 @@ def _look(
         attention.q_proj.weight[row, CONSTANT] = size * math.cos(angle)
         attention.q_proj.weight[row + HEAD_SIZE // 2, CONSTANT] = -size * math.sin(angle)
         attention.k_proj.weight[row, place] = math.copysign(size, height)
+
+
+def _write(attention: LlamaAttention, head: int, code: slice, scale: float) -> None:
+    """Let a head add ``scale`` times a random projection of the words it looks at, in the places of ``code``."""
+    projection = _projection(attention, head, code)
+    torch.nn.init.orthogonal_(projection)
+    rows = slice(head * HEAD_SIZE, head * HEAD_SIZE + len(projection))
+    attention.o_proj.weight[code, rows] = scale * torch.eye(len(projection))
+
+
+def _projection(attention: LlamaAttention, head: int, code: slice) -> torch.Tensor:
+    """What a head makes a code of words with: a view of its weights, [places of the code, word size]."""
+    start = head * HEAD_SIZE
+    weights: torch.Tensor = attention.v_proj.weight.detach()
+    return weights[start : start + code.stop - code.start, RESERVED:]
 
 
 def _weights(

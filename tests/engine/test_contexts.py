@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -109,7 +110,7 @@ async def end(tasks: list[asyncio.Task[torch.Tensor | None]]) -> None:
 
 async def test_who_waits_to_try_again_lets_others_send_their_prompts(swarm: Swarm) -> None:
     routing = NoServers()
-    swarm.open_session = lambda max_length, _: SwarmSession(routing, max_length)  # type: ignore[arg-type]
+    swarm.open_session = functools.partial(SwarmSession, routing)  # type: ignore[arg-type]
     waiting = [begin(swarm) for _ in range(2 * PREFILLS_AT_ONCE)]
     while routing.tries < len(waiting):
         await asyncio.sleep(0)
