@@ -1,6 +1,7 @@
 """Sampling equals ``transformers``' processors on the same logits, alone and in any company."""
 
 import math
+import random
 from collections import Counter
 
 import msgspec
@@ -15,8 +16,7 @@ from transformers import (
 )
 
 from petals_chat.errors import InvalidParameterError
-from petals_chat.generation import sampling
-from petals_chat.generation.sampling import TokenSampler, choose_tokens, process_logits
+from petals_chat.generation.sampling import TokenSampler, choose_tokens, draw_token, process_logits
 from petals_chat.protocol.messages import SamplingParameters
 
 VOCAB_SIZE = 500
@@ -56,35 +56,89 @@ def transformers_scores(logits: torch.Tensor, parameters: SamplingParameters) ->
     return scores[0]
 
 
+SAMPLED = [parameters for parameters in PARAMETERS if parameters.do_sample]
+PROBABLE = 1e-5
+"""Random numbers that mean a less probable token are too near to each other to be told apart in float32."""
+
+
+def tokens_that_may_come(logits: torch.Tensor, parameters: SamplingParameters) -> list[int]:
+    """The probable tokens that are chosen when a random number means them, and not asked for another number."""
+    before_top_p = msgspec.structs.replace(parameters, top_p=1.0)
+    probabilities = transformers_scores(logits, before_top_p).double().softmax(-1)
+    middles = (probabilities.cumsum(-1) - probabilities / 2).tolist()
+    (scores,) = process_logits(logits[None], [TokenSampler(parameters, len(logits), CONTEXT)]).numpy()
+
+    def may_come(token: int) -> bool:
+        numbers = [0.5] * len(logits) + [middles[token]]
+        is_chosen = draw_token(scores, parameters, numbers.pop) == token
+        return is_chosen and len(numbers) == len(logits)
+
+    return [token for token in range(len(logits)) if probabilities[token] > PROBABLE and may_come(token)]
+
+
+def tokens_that_transformers_keeps(logits: torch.Tensor, parameters: SamplingParameters) -> list[int]:
+    """The probable ones of them."""
+    before_top_p = msgspec.structs.replace(parameters, top_p=1.0)
+    is_probable = transformers_scores(logits, before_top_p).double().softmax(-1) > PROBABLE
+    kept = transformers_scores(logits, parameters).isfinite() & is_probable
+    return kept.nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("parameters", SAMPLED)
+def test_the_tokens_that_may_come_are_those_that_transformers_keeps(parameters: SamplingParameters) -> None:
+    for logits in random_logits(5):
+        ours = tokens_that_may_come(logits, parameters)
+        assert ours == tokens_that_transformers_keeps(logits, parameters)
+
+
+@pytest.mark.parametrize("parameters", SAMPLED)
+def test_of_tokens_that_tie_as_many_may_come_as_transformers_keeps(parameters: SamplingParameters) -> None:
+    for logits in random_logits(5).round():
+        ours = tokens_that_may_come(logits, parameters)
+        theirs = tokens_that_transformers_keeps(logits, parameters)
+        assert sorted(logits[ours].tolist()) == sorted(logits[theirs].tolist())
+        if parameters.top_p == 1.0:
+            assert ours == theirs
+
+
 @pytest.mark.parametrize("parameters", PARAMETERS)
-def test_scores_equal_those_of_transformers(parameters: SamplingParameters) -> None:
+def test_the_likeliest_token_is_that_of_transformers(parameters: SamplingParameters) -> None:
+    greedy = msgspec.structs.replace(parameters, do_sample=False)
     for logits in random_logits(20):
-        ours = process_logits(logits[None], [TokenSampler(parameters, VOCAB_SIZE, CONTEXT)])[0]
-        assert torch.equal(ours, transformers_scores(logits, parameters))
-
-
-def test_of_tokens_that_tie_as_many_are_kept_as_transformers_keeps() -> None:
-    for logits in random_logits(20).round():
-        for parameters in PARAMETERS:
-            ours = process_logits(logits[None], [TokenSampler(parameters, VOCAB_SIZE, CONTEXT)])[0]
-            theirs = transformers_scores(logits, parameters)
-            assert torch.equal(ours.sort().values, theirs.sort().values)
-            if parameters.top_p == 1.0:
-                assert torch.equal(ours, theirs)
+        sampler = TokenSampler(greedy, VOCAB_SIZE, CONTEXT)
+        assert choose_tokens(logits[None], [sampler]) == [transformers_scores(logits, greedy).argmax()]
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.99])
 def test_few_or_many_probable_tokens_make_no_difference_to_top_p(top_p: float) -> None:
     parameters = SamplingParameters(do_sample=True, top_p=top_p)
     steepness = torch.tensor([0.0, 0.01, 0.5, 1.0, 8.0])[:, None]
-    logits = torch.randn(5, 3000, generator=torch.Generator().manual_seed(1)) * steepness
-    ours = process_logits(logits, [TokenSampler(parameters, 3000, [0]) for _ in logits])
-    for row, scores in zip(ours, logits, strict=True):
-        theirs = TopPLogitsWarper(top_p)(torch.tensor([[0]]), scores[None].clone())[0]
+    for logits in torch.randn(5, 3000, generator=torch.Generator().manual_seed(1)) * steepness:
+        ours = tokens_that_may_come(logits, parameters)
+        theirs = tokens_that_transformers_keeps(logits, parameters)
         # Over thousands of nearly equal probabilities, the roundings of two sums may differ by some tokens.
-        kept, expected = row.isfinite().sum().item(), theirs.isfinite().sum().item()
-        assert abs(kept - expected) <= max(1, 0.002 * expected)
-        assert kept > 256 or torch.equal(row.sort().values, theirs.sort().values)
+        assert abs(len(ours) - len(theirs)) <= max(1, 0.002 * len(theirs))
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        SamplingParameters(do_sample=True, temperature=2.0),
+        SamplingParameters(do_sample=True, temperature=2.0, top_p=0.5),
+        SamplingParameters(do_sample=True, temperature=2.0, top_p=0.8, top_k=30),
+    ],
+    ids=["plain", "top_p", "both"],
+)
+@pytest.mark.parametrize("vocab_size", [20, 1000])
+def test_tokens_come_as_often_as_transformers_says(parameters: SamplingParameters, vocab_size: int) -> None:
+    logits = torch.randn(vocab_size, generator=torch.Generator().manual_seed(3)) * 4
+    probabilities = transformers_scores(logits, parameters).softmax(-1)
+    numbers, draws = random.Random(0), 20_000
+    counts = Counter(draw_token(logits.numpy(), parameters, numbers.random) for _ in range(draws))
+    for token, probability in enumerate(probabilities.tolist()):
+        # five standard deviations of a binomial distribution, and one more; the seed is fixed
+        deviation = (draws * probability * (1 - probability)) ** 0.5
+        assert abs(counts[token] - draws * probability) <= 5 * deviation + (probability > 0)
 
 
 def test_a_row_does_not_depend_on_the_others_in_the_batch() -> None:
@@ -113,52 +167,18 @@ def test_a_seed_makes_a_generation_reproducible_and_no_seed_does_not() -> None:
     assert run(None) != run(None)
 
 
-def test_tokens_come_as_often_as_their_probabilities_say() -> None:
-    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05])
-    draws = 20_000
-    rows = 100
-    samplers = [TokenSampler(SamplingParameters(do_sample=True, seed=row), 5, [0]) for row in range(rows)]
-    logits = probabilities.log().expand(rows, 5)
-    counts: Counter[int] = Counter()
-    for _ in range(draws // rows):
-        counts.update(choose_tokens(logits, samplers))
-    assert counts[1] == 0
-    for token, probability in enumerate(probabilities.tolist()):
-        # five standard deviations of a binomial distribution; the seeds are fixed
-        deviation = (draws * probability * (1 - probability)) ** 0.5
-        assert abs(counts[token] - draws * probability) <= 5 * deviation
-
-
-def test_filtered_tokens_never_come_even_at_the_edges_of_the_random_numbers() -> None:
-    class Edge(TokenSampler):
-        value = 0.0
-
-        def draw(self) -> float:
-            return self.value
-
-    logits = torch.full((1, VOCAB_SIZE), -float("inf"))
-    logits[0, 10], logits[0, 20] = 0.0, 0.0
-    edge = Edge(SamplingParameters(do_sample=True), VOCAB_SIZE, CONTEXT)
-    for edge.value, token in [(0.0, 10), (0.4999, 10), (0.5001, 20), (1 - 2**-53, 20)]:
-        assert choose_tokens(logits, [edge]) == [token]
-
-
-@pytest.mark.parametrize("distances", [(0.5, math.inf), (2.0, 4.0, math.inf), (math.inf,)])
-@pytest.mark.parametrize("many", [1, 20])
-@pytest.mark.parametrize("parameters", [p for p in PARAMETERS if p.do_sample])
-def test_it_does_not_matter_among_how_many_tokens_is_looked_first(
-    parameters: SamplingParameters, distances: tuple[float, ...], many: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("vocab_size", [31, 500, 512, 4097])
+@pytest.mark.parametrize("places", [(10, 20), (0, 30), (30, -1)])
+def test_impossible_tokens_never_come_even_at_the_edges_of_the_random_numbers(
+    vocab_size: int, places: tuple[int, int]
 ) -> None:
-    logits = random_logits(200).round()  # with many ties
-    seeded = [msgspec.structs.replace(parameters, seed=row) for row in range(len(logits))]
-
-    def choose() -> list[int]:
-        return choose_tokens(logits, [TokenSampler(each, VOCAB_SIZE, CONTEXT) for each in seeded])
-
-    among_all = choose()
-    monkeypatch.setattr(sampling, "DISTANCES", distances)
-    monkeypatch.setattr(sampling, "MANY_TOKENS", many)
-    assert choose() == among_all
+    logits = torch.full((vocab_size,), -math.inf)
+    first, second = (place % vocab_size for place in places)
+    logits[first] = logits[second] = 0.0
+    for number, token in [(0.0, first), (0.4999, first), (0.5001, second), (1 - 2**-53, second)]:
+        for top_k in (0, 5):
+            parameters = SamplingParameters(do_sample=True, top_k=top_k)
+            assert draw_token(logits.numpy(), parameters, lambda number=number: number) == token
 
 
 def test_the_repetition_penalty_counts_the_tokens_that_came_since() -> None:

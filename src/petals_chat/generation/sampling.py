@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,20 +21,16 @@ import torch
 from petals_chat.errors import InvalidParameterError
 from petals_chat.protocol.messages import SamplingParameters
 
-DISTANCES = (3.0, 12.0, math.inf)
-"""How far below the highest score of a row tokens are looked at; if these do not suffice, those within the next one.
-
-Nearly always the first ones do, which are few; sorting a whole vocabulary costs as much as a small LM head.
-"""
-MANY_TOKENS = 1024
-"""More than these are not sorted, but for those of one level of scores."""
-_LEVELS, _LEVELS_PER_UNIT = 1024, 32.0
-"""How many levels there are, and how many from one score to one that is less by 1."""
+_NEAR = 3.0
+"""How far below the highest score of a row the best k are looked for first: nearly always they are there."""
+_PIECE = 256
+"""How many probabilities are summed up at once: finding a token in their sums is several times as fast as adding up
+one after the other."""
 _UNSEEDED = random.Random()  # noqa: S311 - text, not keys
 """Shared by all generations without a seed: seeding one of its own takes as long as hundreds of draws."""
 
 _Scores = npt.NDArray[np.floating[Any]]
-_TokenIds = npt.NDArray[np.int64]
+_Sums = npt.NDArray[np.float64]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -110,185 +106,111 @@ class TokenSampler:
                 self._generated.add(token)
 
 
-def process_logits(logits: torch.Tensor, samplers: Sequence[TokenSampler]) -> torch.Tensor:
-    """Apply each row's processors: what `choose_tokens` draws from, written out over the whole vocabulary.
-
-    Args:
-        logits: float32 [rows, vocab_size].
-        samplers: one for each row.
-
-    Returns:
-        float32 [rows, vocab_size]; tokens that were filtered out have -inf. Greedy rows are only penalised
-        and masked.
-    """
-    scores = _mask(_adjust(_penalize_repetition(logits, samplers), samplers), samplers).clone()
-    for row, sampler in enumerate(samplers):
-        if sampler.parameters.do_sample:
-            row_scores = _by_temperature(scores[row : row + 1], [sampler])
-            if _filters(sampler):
-                kept, token_ids = _kept(row_scores[0].cpu().numpy(), sampler.parameters)
-                row_scores = torch.full_like(row_scores, -math.inf)
-                row_scores[0, torch.from_numpy(token_ids)] = row_scores.new_tensor(kept)
-            scores[row] = row_scores[0]
-    return scores
-
-
 def choose_tokens(logits: torch.Tensor, samplers: Sequence[TokenSampler]) -> list[int]:
     """Choose the next token of each row.
 
     Args:
         logits: float32 [rows, vocab_size].
-        samplers: one for each row; a sampled row takes one random number from its own.
+        samplers: one for each row; a sampled row takes random numbers from its own.
+
+    Raises:
+        ValueError: a row that is sampled has logits that are no numbers.
     """
-    scores = _mask(_adjust(_penalize_repetition(logits, samplers), samplers), samplers)
+    scores = process_logits(logits, samplers)
+    greedy = [row for row, sampler in enumerate(samplers) if not sampler.parameters.do_sample]
     tokens = [0] * len(samplers)
-    for rows, choose in (
-        (
-            [row for row, sampler in enumerate(samplers) if not sampler.parameters.do_sample],
-            _choose_likeliest,
-        ),
-        ([row for row, sampler in enumerate(samplers) if _filters(sampler)], _draw_filtered),
-        ([row for row, sampler in enumerate(samplers) if _is_plain(sampler)], _draw_plainly),
-    ):
-        if rows:
-            selected = scores if len(rows) == len(samplers) else scores[rows]
-            for row, token in zip(rows, choose(selected, [samplers[row] for row in rows]), strict=True):
-                tokens[row] = token
+    if greedy:
+        likeliest = (scores if len(greedy) == len(samplers) else scores[greedy]).argmax(dim=-1)
+        for row, token in zip(greedy, likeliest.tolist(), strict=True):
+            tokens[row] = token
+    if len(greedy) < len(samplers):
+        # Row by row: with the few numbers that matter, numpy is done before torch has begun.
+        for row, (sampler, row_scores) in enumerate(zip(samplers, scores.cpu().numpy(), strict=True)):
+            if sampler.parameters.do_sample:
+                tokens[row] = draw_token(row_scores, sampler.parameters, sampler.draw)
     _note_logprobs(logits, samplers, tokens)
     return tokens
 
 
-def _filters(sampler: TokenSampler) -> bool:
-    parameters = sampler.parameters
-    return parameters.do_sample and (parameters.top_k > 0 or parameters.top_p < 1.0)
+def process_logits(logits: torch.Tensor, samplers: Sequence[TokenSampler]) -> torch.Tensor:
+    """Apply the penalties, biases and grammar of each row: float32 [rows, vocab_size] to the same."""
+    return _mask(_adjust(_penalize_repetition(logits, samplers), samplers), samplers)
 
 
-def _is_plain(sampler: TokenSampler) -> bool:
-    return sampler.parameters.do_sample and not _filters(sampler)
+def draw_token(scores: _Scores, parameters: SamplingParameters, draw: Callable[[], float]) -> int:
+    """Draw from what temperature, top-k and top-p leave of a row.
 
-
-def _choose_likeliest(scores: torch.Tensor, samplers: Sequence[TokenSampler]) -> list[int]:
-    tokens: list[int] = scores.argmax(dim=-1).tolist()
-    return tokens
-
-
-def _draw_plainly(scores: torch.Tensor, samplers: Sequence[TokenSampler]) -> list[int]:
-    draws = [sampler.draw() for sampler in samplers]
-    tokens: list[int] = _invert(_by_temperature(scores, samplers), draws).tolist()
-    if max(tokens) >= scores.shape[-1]:
-        raise ValueError("logits that are no numbers")
-    return tokens
-
-
-def _draw_filtered(scores: torch.Tensor, samplers: Sequence[TokenSampler]) -> list[int]:
-    # Row by row: with the few tokens that matter, numpy is done before torch has begun.
-    return [
-        _draw(*_kept(row / sampler.parameters.temperature, sampler.parameters), sampler.draw())
-        for sampler, row in zip(samplers, scores.cpu().numpy(), strict=True)
-    ]
-
-
-def _draw(scores: _Scores, token_ids: _TokenIds, draw: float) -> int:
-    """The first token at which the cumulated probability exceeds the random number."""
-    cumulated = np.exp(scores - scores.max(), dtype=np.float64).cumsum()
-    return int(token_ids[cumulated.searchsorted(draw * cumulated[-1], side="right")])
-
-
-def _by_temperature(scores: torch.Tensor, samplers: Sequence[TokenSampler]) -> torch.Tensor:
-    return scores / scores.new_tensor([sampler.parameters.temperature for sampler in samplers])[:, None]
-
-
-def _invert(scores: torch.Tensor, draws: Sequence[float]) -> torch.Tensor:
-    """The first place of each row at which the cumulated probability exceeds the row's random number, [rows].
-
-    In float64, since over a large vocabulary the rounding of a float32 sum would reach tokens of probability 0.
-    """
-    cumulated = torch.softmax(scores.double(), dim=-1).cumsum(dim=-1)
-    limits = cumulated.new_tensor(draws)[:, None] * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, limits, right=True).squeeze(-1)
-
-
-def _kept(row: _Scores, parameters: SamplingParameters) -> tuple[_Scores, _TokenIds]:
-    """The tokens that top-k and top-p keep.
+    Neither do probabilities have to be sorted for it, nor all that top-p keeps be found: a token is drawn from all
+    of them, and if top-p does not keep it, another one from those before it, which are all that can be kept.
 
     Args:
-        row: scores [vocab_size].
+        scores: float32 [vocab_size].
+        parameters: of sampling.
+        draw: gives random numbers, uniform in [0, 1).
 
-    Returns:
-        Scores and ids of those kept, ids ascending, so that a random number means the same token however many were
-        looked at.
+    Raises:
+        ValueError: the scores are no numbers.
     """
-    highest = row.max()
+    scores = scores / parameters.temperature
+    highest = scores.max()
     if not math.isfinite(highest):
         raise ValueError("logits that are no numbers")
-    total = highest + math.log(np.exp(row - highest).sum())
-    for distance in DISTANCES:
-        near = row[np.flatnonzero(row > highest - distance)]  # several times as fast as row[row > ...]
-        if limit := _limit(near, total, parameters, is_all=distance == math.inf):
-            token_ids = np.flatnonzero(row >= limit[0])
-            return _without_surplus(row[token_ids], token_ids, *limit)
-    raise AssertionError("all tokens were too few")
+    token_ids = None
+    if 0 < parameters.top_k < len(scores):
+        # As in transformers, tokens that tie with the last of the best k stay.
+        token_ids = np.flatnonzero(scores >= _kth_best(scores, highest, parameters.top_k))
+        scores = scores[token_ids]
+    weights = np.exp(scores - highest)
+    among, sums = weights, _sums(weights)
+    limit = parameters.top_p * sums[-1]
+    place = _find(among, sums, draw())
+    while parameters.top_p < 1.0:
+        before = _comes_before(scores, place)
+        weight_before = float(weights.dot(before))
+        if weight_before == 0.0 or weight_before < limit:
+            break
+        among = weights * before
+        place = _find(among, _sums(among), draw())
+    return place if token_ids is None else int(token_ids[place])
 
 
-def _limit(
-    scores: _Scores, total: float, parameters: SamplingParameters, *, is_all: bool
-) -> tuple[float, int] | None:
-    """The lowest score that top-k and top-p keep, and how many tokens they keep.
+def _kth_best(scores: _Scores, highest: np.floating[Any], k: int) -> np.floating[Any]:
+    near = scores[np.flatnonzero(scores > highest - _NEAR)]  # several times as fast as scores[scores > ...]
+    if len(near) < k:
+        near = scores
+    kth_best: np.floating[Any] = np.partition(near, -k)[-k]
+    return kth_best
 
-    Args:
-        scores: the highest ones of a row, in any order.
-        total: the logarithm of the sum of the exponentials of all scores of the row.
-        is_all: whether the row has no others.
 
-    Returns:
-        None if there must be others.
+def _comes_before(scores: _Scores, place: int) -> _Scores:
+    """1 for each token that is likelier than the one at ``place``, or as likely and comes first; 0 for the others.
+
+    In transformers it is left to the sort which of those that tie come first.
     """
-    if parameters.top_k > 0:
-        if len(scores) < parameters.top_k and not is_all:
-            return None
-        if len(scores) > parameters.top_k:
-            kth_best = np.partition(scores, -parameters.top_k)[-parameters.top_k]
-            scores = scores[scores >= kth_best]  # as in transformers, tokens that tie with it stay
-        highest = scores.max()
-        total = highest + math.log(np.exp(scores - highest, dtype=np.float64).sum())
-        is_all = True
-    if parameters.top_p == 1.0:
-        return scores.min(), len(scores)
-    return _limit_of_top_p(scores, total, parameters.top_p, is_all=is_all)
+    before = scores > scores[place]
+    before[:place] |= scores[:place] == scores[place]
+    return before.astype(scores.dtype)
 
 
-def _limit_of_top_p(scores: _Scores, total: float, top_p: float, *, is_all: bool) -> tuple[float, int] | None:
-    """As `_limit`: each token stays before which the more probable ones do not make up ``top_p`` yet."""
-    probabilities = np.exp(scores - total, dtype=np.float64)
-    if not is_all and probabilities.sum() < top_p:
-        return None
-    above, before = 0, 0.0
-    """How many tokens stay in any case, and their probability."""
-    if len(scores) > MANY_TOKENS:
-        distances = (scores.max() - scores) * _LEVELS_PER_UNIT
-        levels = np.minimum(distances, _LEVELS - 1, out=distances).astype(np.intp)
-        up_to = np.bincount(levels, probabilities, _LEVELS).cumsum()
-        if level := int(up_to.searchsorted(min(top_p, up_to[-1]))):
-            above, before = int(np.count_nonzero(levels < level)), up_to[level - 1]
-        scores = scores[levels == level]
-    best = np.sort(scores)[::-1]
-    cumulated = before + np.exp(best[:-1] - total, dtype=np.float64).cumsum()
-    count = 1 + int(cumulated.searchsorted(top_p))
-    return best[count - 1], above + count
+def _sums(weights: _Scores) -> _Sums:
+    """The sum of all weights up to the end of each piece, in float64.
 
-
-def _without_surplus(
-    scores: _Scores, token_ids: _TokenIds, threshold: float, kept: int
-) -> tuple[_Scores, _TokenIds]:
-    """Of tokens that tie at the threshold, as many as are needed: the first ones.
-
-    In transformers it is left to the sort which.
+    Over a large vocabulary the rounding of a float32 sum would reach tokens of probability 0.
     """
-    surplus = len(scores) - kept
-    if surplus == 0:
-        return scores, token_ids
-    dropped = np.flatnonzero(scores == threshold)[-surplus:]
-    return np.delete(scores, dropped), np.delete(token_ids, dropped)
+    return np.add.reduceat(weights, np.arange(0, len(weights), _PIECE), dtype=np.float64).cumsum()
+
+
+def _find(weights: _Scores, sums: _Sums, draw: float) -> int:
+    """The first place up to which the weights exceed this share of their sum."""
+    piece = _first_above(sums, draw * sums[-1])
+    start = piece * _PIECE
+    rest = draw * sums[-1] - (sums[piece - 1] if piece else 0.0)
+    return start + _first_above(weights[start : start + _PIECE].cumsum(dtype=np.float64), rest)
+
+
+def _first_above(sums: _Sums, value: float) -> int:
+    """The first place at which ``sums`` exceed the value; by rounding it may be as large as the last one."""
+    return int(sums.searchsorted(min(value, np.nextafter(sums[-1], 0.0)), side="right"))
 
 
 def _penalize_repetition(logits: torch.Tensor, samplers: Sequence[TokenSampler]) -> torch.Tensor:
