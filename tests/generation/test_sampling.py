@@ -178,7 +178,7 @@ def test_impossible_tokens_never_come_even_at_the_edges_of_the_random_numbers(
     for number, token in [(0.0, first), (0.4999, first), (0.5001, second), (1 - 2**-53, second)]:
         for top_k in (0, 5):
             parameters = SamplingParameters(do_sample=True, top_k=top_k)
-            assert draw_token(logits.numpy(), parameters, lambda number=number: number) == token
+            assert draw_token(logits.numpy(), parameters, [number].pop) == token
 
 
 def test_the_repetition_penalty_counts_the_tokens_that_came_since() -> None:

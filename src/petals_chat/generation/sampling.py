@@ -152,7 +152,7 @@ def draw_token(scores: _Scores, parameters: SamplingParameters, draw: Callable[[
         ValueError: the scores are no numbers.
     """
     scores = scores / parameters.temperature
-    highest = scores.max()
+    highest = float(scores.max())
     if not math.isfinite(highest):
         raise ValueError("logits that are no numbers")
     token_ids = None
@@ -174,12 +174,11 @@ def draw_token(scores: _Scores, parameters: SamplingParameters, draw: Callable[[
     return place if token_ids is None else int(token_ids[place])
 
 
-def _kth_best(scores: _Scores, highest: np.floating[Any], k: int) -> np.floating[Any]:
+def _kth_best(scores: _Scores, highest: float, k: int) -> float:
     near = scores[np.flatnonzero(scores > highest - _NEAR)]  # several times as fast as scores[scores > ...]
     if len(near) < k:
         near = scores
-    kth_best: np.floating[Any] = np.partition(near, -k)[-k]
-    return kth_best
+    return float(np.partition(near, -k)[-k])
 
 
 def _comes_before(scores: _Scores, place: int) -> _Scores:
