@@ -188,7 +188,8 @@ def _comes_before(scores: _Scores, place: int) -> _Scores:
     """
     before = scores > scores[place]
     before[:place] |= scores[:place] == scores[place]
-    return before.astype(scores.dtype)
+    ones: _Scores = before.astype(scores.dtype)
+    return ones
 
 
 def _sums(weights: _Scores) -> _Sums:
