@@ -4,7 +4,8 @@ import inspect
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,19 @@ class Blocks:
         use_batching_pool(self.backends)
         self.pool = next(iter(self.backends.values())).inference_pool
         assert isinstance(self.pool, BatchingPool)
+        self.futures: dict[tuple[int, int], Future[list[torch.Tensor]]] = {}
+        self.pool.submitted_tasks.answer = self._answer
         assert all(backend.inference_pool is self.pool for backend in self.backends.values())
         self._handles = itertools.count()
+        self.numbers = itertools.count()
+
+    def _answer(self, outcomes: Iterable[tuple[tuple[int, int], Any]]) -> None:
+        for uid, outcome in outcomes:
+            future = self.futures.pop(uid)
+            if isinstance(outcome, BaseException):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
 
     def open(self, room: int = 256, rows: int = 1, blocks: int | None = None, adapter: str = "") -> "Session":
         """A session through the first of the blocks, or all."""
@@ -124,11 +136,11 @@ class Session:
         prompts: list[torch.Tensor | None] | None = None,
         hypo_ids: torch.Tensor | None = None,
     ) -> Any:
-        """Put a step into the pool as a handler does; returns its future."""
-        from hivemind.utils.mpfuture import MPFuture
+        """Put a step into the pool as it comes from a handler; returns its future."""
         from petals.data_structures import InferenceMetadata
-        from petals.server.task_pool import Task
         from petals.utils.misc import DUMMY_INT64
+
+        from petals_chat.swarm.exchange import Task
 
         infos = tuple(
             InferenceMetadata(uid, self._position, handles, self._adapter)
@@ -136,9 +148,10 @@ class Session:
         )
         ids = DUMMY_INT64 if hypo_ids is None else hypo_ids
         arguments = (states, ids, infos, *(prompts or [None] * len(infos)))
-        future = MPFuture()
-        self._blocks.pool._ordered_tasks.put(Task(1.0, came or time.monotonic(), future, arguments))
-        self._blocks.pool.batch_sender.send(None)
+        future: Future[list[torch.Tensor]] = Future()
+        uid = (0, next(self._blocks.numbers))
+        self._blocks.futures[uid] = future
+        self._blocks.pool.add(Task(1.0, came or time.monotonic(), uid, arguments))
         self._position += states.shape[1]
         return future
 
@@ -406,26 +419,6 @@ def test_petals_uses_what_is_put_in_the_place_of_its_own() -> None:
     for name in ("MAX_SHORT_INFERENCE_TOKENS", "MAX_NF4_SHORT_INFERENCE_TOKENS"):
         assert name in steps
         assert getattr(block_functions, name) == float("inf")
-
-
-def test_a_process_passes_the_pipe_for_its_answers_once_for_all_tasks() -> None:
-    from hivemind.utils.mpfuture import MPFuture, UpdateType
-    from petals.server.task_pool import Task
-
-    from petals_chat.swarm.batching import _TaskQueue
-
-    futures = [MPFuture(), MPFuture()]
-    tasks = _TaskQueue()
-    for future in futures:
-        tasks.put(Task(1.0, time.monotonic(), future, ("step",)))
-    came = [tasks.get() for _ in futures]
-    assert len({id(task.future._sender_pipe) for task in came if task is not None}) == 1
-    for number, task in enumerate(came):
-        assert task is not None
-        task.future._send_update(UpdateType.RESULT, number)  # as set_result does in another process
-    assert [future.result(timeout=60) for future in futures] == [0, 1]
-    tasks.put(None)
-    assert tasks.get() is None
 
 
 def test_hivemind_loads_computes_and_sends_turns_one_after_the_other(llama: Blocks) -> None:

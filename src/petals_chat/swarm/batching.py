@@ -13,27 +13,26 @@ Sources, Petals 2.2.0 and hivemind 1.1.12: ``petals/server/task_pool.py``, ``pet
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
 import logging
-import multiprocessing
-import os
 import queue
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from multiprocessing.connection import Connection
-from multiprocessing.queues import SimpleQueue
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import petals.server.block_functions as petals_block_functions
 import petals.server.server as petals_server
 import torch
 from petals.server.backend import _MergedInferenceStep
-from petals.server.task_pool import PrioritizedTaskPool, Task
+from petals.server.task_pool import PrioritizedTaskPool
 from petals.utils.misc import is_dummy
 
 from petals_chat.swarm import adapters
 from petals_chat.swarm.blocks import Batch, KeysValues, Piece
+from petals_chat.swarm.exchange import Exchange, Task, TaskId
 
 if TYPE_CHECKING:
     from petals_chat.swarm.backend import SwarmBackend
@@ -46,8 +45,6 @@ WAIT_SHARE = 0.25
 """How long a turn may wait for sessions that are about to come, as a share of the time that the last turn took."""
 LATE = 2.0
 """A session that has been away this many times as long as the last time is not waited for."""
-SIGNAL_TIMEOUT_SECONDS = 30.0
-"""A handler sends a signal right after its task; one that takes longer has been killed in between."""
 
 
 class Limits(NamedTuple):
@@ -86,38 +83,6 @@ def use_batching_pool(backends: Mapping[str, SwarmBackend], *, shares_turns: boo
     pool = BatchingPool(backends, shares_turns=shares_turns)
     for backend in backends.values():
         backend.inference_pool = pool
-
-
-class _TaskQueue:
-    """Takes tasks from the processes of handlers to the runtime, in the place of Petals' queue.
-
-    With each task goes the pipe by which it is answered, and to pass a pipe to another process costs more than all else
-    of a task. So a process passes its pipe once, ahead of its first task.
-    """
-
-    def __init__(self) -> None:
-        self._queue: SimpleQueue[Task | tuple[int, Connection] | None] = multiprocessing.SimpleQueue()
-        self._sender: int | None = None
-        """The process that has passed its pipe; another one if this object was forked since."""
-        self._pipes: dict[int, Connection] = {}
-        """To the processes that have, by their ids."""
-
-    def put(self, task: Task | None) -> None:
-        """Send a task; None = there will be no more."""
-        if task is not None:
-            if self._sender != os.getpid():
-                self._queue.put((os.getpid(), task.future._sender_pipe))
-                self._sender = os.getpid()
-            task.future._sender_pipe = None  # which only processes use that answer
-        self._queue.put(task)
-
-    def get(self) -> Task | None:
-        """Wait for the next task."""
-        while isinstance(item := self._queue.get(), tuple):
-            sender, self._pipes[sender] = item
-        if item is not None:
-            item.future._sender_pipe = self._pipes[item.future._origin_pid]
-        return item
 
 
 class Step:
@@ -217,7 +182,10 @@ class BatchingPool(PrioritizedTaskPool):  # type: ignore[misc]
             device=first.inference_pool.device,
             name="inference",
         )
-        self.submitted_tasks = _TaskQueue()
+        self.submitted_tasks = Exchange()
+        self._lock = threading.Lock()
+        self._is_signalled = False
+        """Whether hivemind's runtime sees that steps wait; when nobody holds the lock, it is so if they do."""
         self._backends = backends
         self._shares_turns = shares_turns
         self._limits = CPU_LIMITS if self.device.type == "cpu" else GPU_LIMITS
@@ -225,10 +193,45 @@ class BatchingPool(PrioritizedTaskPool):  # type: ignore[misc]
         # them, but not always one alone. It costs the same to compute two.
         self._pairs_single_tokens = self.device.type == "cpu" and first.dtype is torch.bfloat16
         self._merged_step = _MergedInferenceStep(backends)
-        self._steps: dict[int, Step] = {}
+        self._steps: dict[TaskId, Step] = {}
         """Those that have come and are not answered, by uid of their task."""
         self._absences: dict[int, _Absence] = {}
         self._turn_seconds = 0.0
+
+    def submit_task(self, *args: Any, priority: float = 0.0) -> asyncio.Future[Sequence[torch.Tensor]]:
+        """Send a step to the runtime: called by Petals in the process of a handler.
+
+        Raises:
+            ValueError: it has too many tokens.
+        """
+        rows, length, _ = args[0].shape
+        if rows * length > self.max_batch_size:
+            raise ValueError(
+                f"a step of {rows * length} tokens is too large, at most {self.max_batch_size} are allowed"
+            )
+        return self.submitted_tasks.submit(args, priority)
+
+    def run(self) -> None:
+        """The thread that takes in what handlers send."""
+        while (task := self.submitted_tasks.get()) is not None:
+            self.add(task)
+
+    def add(self, task: Task) -> None:
+        """Let a task wait for a turn."""
+        with self._lock:
+            self._ordered_tasks.put(task)
+            self._signal()
+
+    def _signal(self) -> None:
+        """Tell the runtime whether steps wait, and how urgent the first is; the caller holds the lock."""
+        if waits := not self._ordered_tasks.empty():
+            first = self._ordered_tasks.queue[0]
+            self.priority = (first.priority, first.time_submitted)
+        if waits and not self._is_signalled:
+            self.batch_sender.send(None)
+        elif self._is_signalled and not waits:
+            self.batch_receiver.recv()
+        self._is_signalled = waits
 
     def load_batch_to_runtime(
         self, timeout: float | None = None, device: torch.device | None = None
@@ -241,28 +244,23 @@ class BatchingPool(PrioritizedTaskPool):  # type: ignore[misc]
         turn = choose_turn(steps, self._limits)
         chosen = {step.task.uid for step, _ in turn}
         left = [step.task for step in steps if step.task.uid not in chosen]
-        for task in left:
-            self._ordered_tasks.put(task)
-        for _ in turn:  # a signal has been sent for each; it may be on its way still, or lost with its sender
-            if self.batch_receiver.poll(SIGNAL_TIMEOUT_SECONDS):
-                self.batch_receiver.recv()
-        if left:
-            self.priority = (left[0].priority, left[0].time_submitted)
+        with self._lock:
+            for task in left:
+                self._ordered_tasks.put(task)
+            self._signal()
         return turn, [turn]
 
     def send_outputs_from_runtime(self, _: Sequence[Share], outputs: tuple[torch.Tensor, list[Step]]) -> None:
         """Answer the steps that the turn has completed; in another thread, while later turns may be computed."""
-        for step in outputs[1]:
-            if step.error is not None:
-                step.task.future.set_exception(step.error)
-            else:
-                step.task.future.set_result([torch.cat(step.outputs, dim=1)])
+        self.submitted_tasks.answer(
+            (step.task.uid, step.error or [torch.cat(step.outputs, dim=1)]) for step in outputs[1]
+        )
 
     def send_exception_from_runtime(self, turn: Sequence[Share], exception: BaseException) -> None:
         """Answer all steps of the turn with an error."""
         for step, _ in turn:
             self._steps.pop(step.task.uid, None)
-            step.task.future.set_exception(exception)
+        self.submitted_tasks.answer((step.task.uid, exception) for step, _ in turn)
 
     def _next_step(self, timeout: float | None) -> Step:
         """The next one that comes. Raises `queue.Empty`."""
@@ -382,5 +380,4 @@ class BatchingPool(PrioritizedTaskPool):  # type: ignore[misc]
     def _put_back(self, step: Step, now: float) -> None:
         """Let the rest of a step wait behind those that wait already."""
         step.task = dataclasses.replace(step.task, time_submitted=now)
-        self._ordered_tasks.put(step.task)
-        self.batch_sender.send(None)
+        self.add(step.task)
