@@ -72,7 +72,7 @@ class Blocks:
         self.pool = next(iter(self.backends.values())).inference_pool
         assert isinstance(self.pool, BatchingPool)
         self.futures: dict[tuple[int, int], Future[list[torch.Tensor]]] = {}
-        self.pool.submitted_tasks.answer = self._answer
+        self.pool.submitted_tasks.answer = self._answer  # type: ignore[method-assign]
         assert all(backend.inference_pool is self.pool for backend in self.backends.values())
         self._handles = itertools.count()
         self.numbers = itertools.count()

@@ -33,7 +33,7 @@ def ask(exchange: Exchange, numbers: list[int], report: Any) -> None:
     async def run() -> None:
         futures = [exchange.submit((torch.tensor([number]), "more"), float(number)) for number in numbers]
         outcomes = await asyncio.gather(*futures, return_exceptions=True)
-        report.send([str(each) if isinstance(each, Exception) else each[0].item() for each in outcomes])
+        report.send([str(each) if isinstance(each, BaseException) else each[0].item() for each in outcomes])
 
     asyncio.run(run())
 
