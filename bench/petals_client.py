@@ -16,7 +16,7 @@ compat.install()
 from hivemind import DHT
 from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
 from petals.client.config import ClientConfig
-from petals.client.inference_session import InferenceSession
+from petals.client.inference_session import InferenceSession, _ServerInferenceSession
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 from safetensors import safe_open
 
@@ -26,6 +26,11 @@ from petals_chat.models.checkpoint import Checkpoint
 __all__ = ["InferenceSession", "join_swarm", "model_dtype", "read_tensor"]
 
 MAX_RETRIES = 3
+
+# A session that was left open, and that Python happens to collect in the thread of hivemind's event loop, waits there for
+# that event loop, and with it all other sessions do. Who uses sessions here closes them.
+for _session in (InferenceSession, _ServerInferenceSession):
+    del _session.__del__
 
 
 @contextlib.contextmanager
