@@ -27,8 +27,8 @@ __all__ = ["InferenceSession", "join_swarm", "model_dtype", "read_tensor"]
 
 MAX_RETRIES = 3
 
-# A session that was left open, and that Python happens to collect in the thread of hivemind's event loop, waits there for
-# that event loop, and with it all other sessions do. Who uses sessions here closes them.
+# A session that was left open, and that Python happens to collect in the thread of hivemind's event loop, waits there
+# for that event loop, and with it all other sessions do. Who uses sessions here closes them.
 for _session in (InferenceSession, _ServerInferenceSession):
     del _session.__del__
 
