@@ -42,7 +42,9 @@ class Gateway:
 
     def connect(self, **options: Any) -> connect:
         """A plain WebSocket client on the v2 API."""
-        return connect(f"ws://{self.address}/api/v2/generate", **{"compression": None, "max_queue": None, **options})
+        return connect(
+            f"ws://{self.address}/api/v2/generate", **{"compression": None, "max_queue": None, **options}
+        )
 
     async def generate(self, **parameters: Any) -> Any:
         """The v1 API's reply to these parameters as JSON."""

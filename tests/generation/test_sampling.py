@@ -179,6 +179,8 @@ def test_impossible_tokens_never_come_even_at_the_edges_of_the_random_numbers(
         for top_k in (0, 5):
             parameters = SamplingParameters(do_sample=True, top_k=top_k)
             assert draw_token(logits.numpy(), parameters, [number].pop) == token
+        likeliest = SamplingParameters(do_sample=True, top_p=0.5)  # of two that tie, the first
+        assert draw_token(logits.numpy(), likeliest, [number, number].pop) == min(first, second)
 
 
 def test_the_repetition_penalty_counts_the_tokens_that_came_since() -> None:

@@ -1,11 +1,16 @@
 """Turns: which steps are computed together, and that each session gets what it would get alone."""
 
+import asyncio
+import gc
 import inspect
 import itertools
+import multiprocessing
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +133,23 @@ class Session:
         self._position = 0
         self.rows = rows
 
+    def arguments(
+        self,
+        states: torch.Tensor,
+        prompts: list[torch.Tensor | None] | None = None,
+        hypo_ids: torch.Tensor | None = None,
+    ) -> tuple[Any, ...]:
+        """What Petals' handler passes to a pool for the next step."""
+        from petals.data_structures import InferenceMetadata
+        from petals.utils.misc import DUMMY_INT64
+
+        infos = tuple(
+            InferenceMetadata(uid, self._position, handles, self._adapter)
+            for uid, handles in zip(self._uids, self._handles, strict=True)
+        )
+        ids = DUMMY_INT64 if hypo_ids is None else hypo_ids
+        return (states, ids, infos, *(prompts or [None] * len(infos)))
+
     def submit(
         self,
         states: torch.Tensor,
@@ -137,17 +159,9 @@ class Session:
         hypo_ids: torch.Tensor | None = None,
     ) -> Any:
         """Put a step into the pool as it comes from a handler; returns its future."""
-        from petals.data_structures import InferenceMetadata
-        from petals.utils.misc import DUMMY_INT64
-
         from petals_chat.swarm.exchange import Task
 
-        infos = tuple(
-            InferenceMetadata(uid, self._position, handles, self._adapter)
-            for uid, handles in zip(self._uids, self._handles, strict=True)
-        )
-        ids = DUMMY_INT64 if hypo_ids is None else hypo_ids
-        arguments = (states, ids, infos, *(prompts or [None] * len(infos)))
+        arguments = self.arguments(states, prompts, hypo_ids)
         future: Future[list[torch.Tensor]] = Future()
         uid = (0, next(self._blocks.numbers))
         self._blocks.futures[uid] = future
@@ -421,6 +435,42 @@ def test_petals_uses_what_is_put_in_the_place_of_its_own() -> None:
         assert getattr(block_functions, name) == float("inf")
 
 
+def test_an_answer_of_many_tokens_does_not_hold_up_those_of_one(llama: Blocks) -> None:
+    messages: list[list[int]] = []
+
+    def answer(outcomes: Iterable[tuple[tuple[int, int], Any]]) -> None:
+        messages.append([outcome[0].shape[1] for _, outcome in outcomes])
+
+    for length in (5, 1, 7, 1):
+        llama.open().submit(llama.states(length, seed=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llama.pool.submitted_tasks, "answer", answer)
+        llama.turns()
+    assert messages == [[1, 1], [5], [7]]
+
+
+def test_the_runtime_is_told_of_a_step_that_comes_while_it_takes_one(llama: Blocks) -> None:
+    """What comes while a turn is chosen is in it, or there is a signal for the next one; never one for nothing."""
+    sessions = [llama.open(room=2000) for _ in range(4)]
+
+    def submit(session: Session) -> None:
+        for number in range(100):
+            session.submit(llama.states(1, seed=number)).result(timeout=60)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=submit, args=(session,)) for session in sessions]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            if not llama.pool.empty:
+                llama.turn()
+    finally:
+        sys.setswitchinterval(interval)
+    assert llama.pool.empty
+
+
 def test_hivemind_loads_computes_and_sends_turns_one_after_the_other(llama: Blocks) -> None:
     """The real runtime, with steps that come while it computes."""
     from petals.server.server import RuntimeWithDeduplicatedPools
@@ -440,6 +490,47 @@ def test_hivemind_loads_computes_and_sends_turns_one_after_the_other(llama: Bloc
         runtime.shutdown()
         runtime.join(10)
     assert not runtime.is_alive()
+
+
+def play_handler(blocks: Blocks, sessions: list[Session], report: Connection) -> None:
+    """What Petals does in the process of a handler, for one token of each session and a step that is too long."""
+
+    async def run() -> None:
+        states = blocks.states(1, seed=1)
+        outputs = await asyncio.gather(
+            *(blocks.pool.submit_task(*each.arguments(states)) for each in sessions)
+        )
+        with pytest.raises(ValueError, match="a step of 4097 tokens is too large, at most 4096 are allowed"):
+            blocks.pool.submit_task(*sessions[0].arguments(blocks.states(4097, seed=1)))
+        report.send([output.flatten().tolist() for (output,) in outputs])
+
+    asyncio.run(run())
+
+
+def test_steps_of_another_process_are_computed_and_answered_there(tiny_model: Callable[[str], Path]) -> None:
+    from petals.server.server import RuntimeWithDeduplicatedPools
+
+    blocks = Blocks(tiny_model("llama"))
+    del blocks.pool.submitted_tasks.answer  # the real one
+    sessions = [blocks.open() for _ in range(3)]
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    gc.freeze()  # what is alive now may belong to threads that are not in the fork
+    handler = multiprocessing.get_context("fork").Process(
+        target=play_handler, args=(blocks, sessions, sender)
+    )
+    handler.start()
+    runtime = RuntimeWithDeduplicatedPools(blocks.backends, prefetch_batches=0, device=None)
+    runtime.daemon = True
+    runtime.start()
+    try:
+        assert receiver.poll(60)
+        outputs = receiver.recv()
+    finally:
+        handler.join(60)
+        runtime.shutdown()
+        runtime.join(10)
+    assert not blocks.pool.is_alive()
+    assert outputs[1:] == [pytest.approx(outputs[0])] * 2
 
 
 def test_wide_layers_are_served_in_bfloat16_with_the_same_bits(tmp_path: Path) -> None:

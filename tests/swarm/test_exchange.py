@@ -62,6 +62,49 @@ def test_what_becomes_of_tasks_comes_back_to_the_processes_that_sent_them() -> N
         assert process.exitcode == 0
 
 
+class Secretive(Exception):
+    """Cannot be sent to another process."""
+
+    def __init__(self, secret: threading.Lock) -> None:
+        super().__init__(secret)
+
+    def __str__(self) -> str:
+        return "not a word"
+
+
+def test_an_error_that_cannot_be_sent_is_told_and_disturbs_no_other_answer() -> None:
+    exchange = Exchange()
+    receiver, sender = FORK.Pipe(duplex=False)
+    asking = forked(ask, exchange, [1, 2], sender)
+    first, second = exchange.get(), exchange.get()
+    assert first is not None
+    assert second is not None
+    exchange.answer([(first.uid, Secretive(threading.Lock())), (second.uid, [torch.ones(1)])])
+    assert receiver.poll(TIMEOUT_SECONDS)
+    assert receiver.recv() == ["Secretive: not a word", 1]
+    asking.join(TIMEOUT_SECONDS)
+
+
+class Unreadable:
+    """Fails where it is received."""
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return int, ("no number",)
+
+
+async def test_after_a_message_that_cannot_be_read_others_are(caplog: pytest.LogCaptureFixture) -> None:
+    exchange = Exchange()
+    future = exchange.submit((), 0.0)
+    task = await asyncio.to_thread(exchange.get)
+    assert task is not None
+    (pipe,) = exchange._pipes.values()
+    pipe.send(Unreadable())
+    exchange.answer([(task.uid, [torch.ones(1)])])
+    (output,) = await asyncio.wait_for(future, TIMEOUT_SECONDS)
+    assert output == 1
+    assert [record.getMessage() for record in caplog.records] == ["answers of the runtime cannot be read"]
+
+
 def submit_and_leave(exchange: Exchange, may_leave: Any) -> None:
     async def run() -> None:
         exchange.submit((), 0.0)

@@ -161,16 +161,18 @@ def draw_token(scores: _Scores, parameters: SamplingParameters, draw: Callable[[
         token_ids = np.flatnonzero(scores >= _kth_best(scores, highest, parameters.top_k))
         scores = scores[token_ids]
     weights = np.exp(scores - highest)
-    among, sums = weights, _sums(weights)
+    sums = _sums(weights)
     limit = parameters.top_p * sums[-1]
-    place = _find(among, sums, draw())
+    place = _find(weights, sums, draw())
     while parameters.top_p < 1.0:
         before = _comes_before(scores, place)
-        weight_before = float(weights.dot(before))
+        weight_before = weights.dot(before.astype(weights.dtype))
         if weight_before == 0.0 or weight_before < limit:
             break
-        among = weights * before
-        place = _find(among, _sums(among), draw())
+        places = np.flatnonzero(before)
+        token_ids = places if token_ids is None else token_ids[places]
+        scores, weights = scores[places], weights[places]
+        place = _find(weights, _sums(weights), draw())
     return place if token_ids is None else int(token_ids[place])
 
 
@@ -181,15 +183,14 @@ def _kth_best(scores: _Scores, highest: float, k: int) -> float:
     return float(np.partition(near, -k)[-k])
 
 
-def _comes_before(scores: _Scores, place: int) -> _Scores:
-    """1 for each token that is likelier than the one at ``place``, or as likely and comes first; 0 for the others.
+def _comes_before(scores: _Scores, place: int) -> npt.NDArray[np.bool_]:
+    """Which tokens are likelier than the one at ``place``, or as likely and come first.
 
     In transformers it is left to the sort which of those that tie come first.
     """
-    before = scores > scores[place]
+    before: npt.NDArray[np.bool_] = scores > scores[place]
     before[:place] |= scores[:place] == scores[place]
-    ones: _Scores = before.astype(scores.dtype)
-    return ones
+    return before
 
 
 def _sums(weights: _Scores) -> _Sums:

@@ -32,7 +32,7 @@ from petals.utils.misc import is_dummy
 
 from petals_chat.swarm import adapters
 from petals_chat.swarm.blocks import Batch, KeysValues, Piece
-from petals_chat.swarm.exchange import Exchange, Task, TaskId
+from petals_chat.swarm.exchange import Exchange, Outcome, Task, TaskId
 
 if TYPE_CHECKING:
     from petals_chat.swarm.backend import SwarmBackend
@@ -116,6 +116,10 @@ class Step:
     def remaining(self) -> int:
         """Tokens of each row that are still to be computed."""
         return int(self.length) - self.done
+
+    def outcome(self) -> Outcome:
+        """What it came to: hidden states [rows, length, hidden_size], or an error."""
+        return self.error or [torch.cat(self.outputs, dim=1)]
 
 
 class Share(NamedTuple):
@@ -224,8 +228,9 @@ class BatchingPool(PrioritizedTaskPool):  # type: ignore[misc]
 
     def _signal(self) -> None:
         """Tell the runtime whether steps wait, and how urgent the first is; the caller holds the lock."""
-        if waits := not self._ordered_tasks.empty():
-            first = self._ordered_tasks.queue[0]
+        with self._ordered_tasks.mutex:  # the runtime's thread may take one meanwhile
+            first = self._ordered_tasks.queue[0] if self._ordered_tasks.queue else None
+        if waits := first is not None:
             self.priority = (first.priority, first.time_submitted)
         if waits and not self._is_signalled:
             self.batch_sender.send(None)
@@ -252,9 +257,12 @@ class BatchingPool(PrioritizedTaskPool):  # type: ignore[misc]
 
     def send_outputs_from_runtime(self, _: Sequence[Share], outputs: tuple[torch.Tensor, list[Step]]) -> None:
         """Answer the steps that the turn has completed; in another thread, while later turns may be computed."""
-        self.submitted_tasks.answer(
-            (step.task.uid, step.error or [torch.cat(step.outputs, dim=1)]) for step in outputs[1]
-        )
+        # One token's states fit into a pipe, and go together; those of a prompt may be megabytes.
+        single = [step for step in outputs[1] if step.length == 1]
+        self.submitted_tasks.answer((step.task.uid, step.outcome()) for step in single)
+        for step in outputs[1]:
+            if step.length > 1:
+                self.submitted_tasks.answer([(step.task.uid, step.outcome())])
 
     def send_exception_from_runtime(self, turn: Sequence[Share], exception: BaseException) -> None:
         """Answer all steps of the turn with an error."""

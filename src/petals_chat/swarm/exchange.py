@@ -13,8 +13,10 @@ import asyncio
 import collections
 import dataclasses
 import itertools
+import logging
 import multiprocessing
 import os
+import pickle
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -23,6 +25,8 @@ from multiprocessing.queues import SimpleQueue
 from typing import Any
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 TaskId = tuple[int, int]
 """The process of a task, and its number there."""
@@ -53,8 +57,10 @@ class Exchange:
         """Send a task to the runtime. Called in the event loop of another process, where the future is settled."""
         inbox = self._inbox
         if inbox is None or inbox.process_id != os.getpid():
-            inbox = self._inbox = _Inbox()
-            self._queue.put((inbox.process_id, inbox.sender))
+            inbox, sender = _Inbox.open()
+            with sender:  # what is passed is a duplicate
+                self._queue.put((inbox.process_id, sender))
+            self._inbox = inbox
         number, future = inbox.expect_outcome()
         self._queue.put(Task(priority, time.monotonic(), (inbox.process_id, number), args))
         return future
@@ -64,8 +70,8 @@ class Exchange:
         while True:
             try:
                 item = self._queue.get()
-            except (EOFError, OSError):  # a process had gone before its pipe was taken over
-                continue
+            except (EOFError, ConnectionError, FileNotFoundError):
+                continue  # a process had gone before its pipe was taken over
             if not isinstance(item, tuple):
                 return item
             process_id, self._pipes[process_id] = item
@@ -75,29 +81,34 @@ class Exchange:
         self._queue.put(None)
 
     def answer(self, outcomes: Iterable[tuple[TaskId, Outcome]]) -> None:
-        """Send back what became of tasks. Processes that have gone do not matter."""
+        """Send back what became of tasks, in one message for each process."""
         by_process: dict[int, list[tuple[int, Outcome]]] = collections.defaultdict(list)
         for (process_id, number), outcome in outcomes:
-            by_process[process_id].append((number, outcome))
+            by_process[process_id].append((number, _portable(outcome)))
         for process_id, answers in by_process.items():
             try:
                 self._pipes[process_id].send(answers)
-            except OSError:
-                self._pipes.pop(process_id).close()
-            except KeyError:
-                pass  # it had gone before
+            except (OSError, KeyError):  # KeyError: so it was before
+                logger.debug("process %d has gone before its %d answers", process_id, len(answers))
+                if pipe := self._pipes.pop(process_id, None):
+                    pipe.close()
 
 
 class _Inbox:
     """Where outcomes for one process come in."""
 
-    def __init__(self) -> None:
+    def __init__(self, receiver: Connection) -> None:
         self.process_id = os.getpid()
-        receiver, self.sender = multiprocessing.Pipe(duplex=False)
         self._loop = asyncio.get_running_loop()
         self._numbers = itertools.count()
         self._futures: dict[int, asyncio.Future[Sequence[torch.Tensor]]] = {}
         threading.Thread(target=self._receive, args=(receiver,), daemon=True, name="outcomes").start()
+
+    @classmethod
+    def open(cls) -> tuple[_Inbox, Connection]:
+        """An inbox, and the pipe to it."""
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        return cls(receiver), sender
 
     def expect_outcome(self) -> tuple[int, asyncio.Future[Sequence[torch.Tensor]]]:
         """The number of a new task, and what it will come to."""
@@ -109,8 +120,14 @@ class _Inbox:
         while True:
             try:
                 answers = receiver.recv()
+            except (EOFError, OSError):  # the runtime has gone
+                return
+            except Exception:
+                logger.exception("answers of the runtime cannot be read")
+                continue
+            try:
                 self._loop.call_soon_threadsafe(self._settle, answers)
-            except (EOFError, OSError, RuntimeError):  # the runtime has gone, or this process's event loop
+            except RuntimeError:  # the event loop has ended
                 return
 
     def _settle(self, answers: Sequence[tuple[int, Outcome]]) -> None:
@@ -122,3 +139,13 @@ class _Inbox:
                 future.set_exception(outcome)
             else:
                 future.set_result(outcome)
+
+
+def _portable(outcome: Outcome) -> Outcome:
+    """The same, or another exception with its text, if that one cannot be sent to another process."""
+    if isinstance(outcome, BaseException):
+        try:
+            pickle.loads(pickle.dumps(outcome))  # noqa: S301 - our own
+        except Exception:
+            return RuntimeError(f"{type(outcome).__name__}: {outcome}")
+    return outcome
