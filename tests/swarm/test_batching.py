@@ -502,7 +502,7 @@ def play_handler(blocks: Blocks, sessions: list[Session], report: Connection) ->
         )
         with pytest.raises(ValueError, match="a step of 4097 tokens is too large, at most 4096 are allowed"):
             blocks.pool.submit_task(*sessions[0].arguments(blocks.states(4097, seed=1)))
-        report.send([output.flatten().tolist() for (output,) in outputs])
+        report.send([output for (output,) in outputs])
 
     asyncio.run(run())
 
@@ -530,7 +530,8 @@ def test_steps_of_another_process_are_computed_and_answered_there(tiny_model: Ca
         runtime.shutdown()
         runtime.join(10)
     assert not blocks.pool.is_alive()
-    assert outputs[1:] == [pytest.approx(outputs[0])] * 2
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0])
 
 
 def test_wide_layers_are_served_in_bfloat16_with_the_same_bits(tmp_path: Path) -> None:
