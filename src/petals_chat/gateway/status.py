@@ -100,13 +100,15 @@ class TokenRate:
         """Note that ``tokens`` were generated up to the time ``now`` (seconds)."""
         if self._samples and tokens < self._samples[-1][1]:
             self._samples.clear()
+        if not self._samples:  # the worker began to count after the last look
+            self._samples.append((now - SAMPLING_PERIOD_SECONDS, 0))
         self._samples.append((now, tokens))
         while now - self._samples[0][0] > RATE_WINDOW_SECONDS:
             self._samples.popleft()
 
     def per_second(self) -> float:
-        """The rate; 0 as long as there are no two samples."""
-        if len(self._samples) < 2:
+        """The rate; 0 as long as there is no sample."""
+        if not self._samples:
             return 0.0
         (began, first), (ended, last) = self._samples[0], self._samples[-1]
         return (last - first) / (ended - began) if ended > began else 0.0
