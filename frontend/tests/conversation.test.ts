@@ -82,6 +82,15 @@ test("many tokens in a frame change the page once", async () => {
   unsubscribe();
 });
 
+test("a connection that is lost right after a token is told as lost, with the token", async () => {
+  const { server, conversation } = await asked();
+  server.make();
+  server.isUp = false;
+  server.loseConnections();
+  await vi.advanceTimersByTimeAsync(100);
+  expect(conversation.live.value).toMatchObject({ content: "One", waitingFor: "connection_lost" });
+});
+
 test("the next question is told with what was said", async () => {
   const { server, conversation } = await asked();
   server.makeAll();

@@ -289,6 +289,7 @@ export class Conversation {
   }
 
   #update(changes: Partial<Live>): void {
+    this.#flush(); // text that came before, or it would undo this
     if (this.live.value !== null) this.live.value = { ...this.live.value, ...changes };
   }
 
