@@ -11,7 +11,7 @@ from tests.gateway.gateways import Gateway
 
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 OURS = r"^(/v1/.*|/tokenize|/detokenize|/tokenizer_info)$"
-EXAMPLES = 5
+EXAMPLES = 25
 """For each operation, besides those that cover its schema one by one."""
 
 
