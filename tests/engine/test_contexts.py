@@ -12,13 +12,14 @@ from typing import Any, ClassVar, cast
 import pytest
 import torch
 
-from petals_chat.engine import contexts, tokenizer
+from petals_chat.engine import contexts, rooms, tokenizer
 from petals_chat.engine.contexts import PREFILLS_AT_ONCE, Context, Permit, Swarm
 from petals_chat.engine.prefixes import PrefixStore
 from petals_chat.engine.rooms import RoomQueue
 from petals_chat.engine.sessions import Model, Session
 from petals_chat.engine.tokenizer import Tokenizer
 from petals_chat.errors import AttentionCacheFullError, MaximumLengthExceededError, MissingBlocksError
+from petals_chat.generation.detokenize import IncrementalDetokenizer
 from petals_chat.head.batcher import HeadBatcher
 from petals_chat.head.modules import ClientModules, load_client_modules
 from petals_chat.models.checkpoint import open_checkpoint
@@ -176,6 +177,128 @@ class Consumer(Applicant):
 
     async def take(self, *_: object, **__: object) -> None:
         pass
+
+
+class OnePlace(Echo):
+    """Caches on a server with room for one session."""
+
+    is_taken: ClassVar[bool] = False
+    _has_place = False
+
+    async def step(self, hidden_states: torch.Tensor, permit: Permit | None = None) -> torch.Tensor:
+        if not self._has_place:
+            if OnePlace.is_taken:
+                raise AttentionCacheFullError
+            OnePlace.is_taken = self._has_place = True
+        return await super().step(hidden_states, permit)
+
+    async def close(self) -> None:
+        if self._has_place:
+            OnePlace.is_taken = self._has_place = False
+
+
+class Listener(Consumer):
+    """Counts what comes, until it has had enough."""
+
+    may_wait = True
+    tokens = 0
+
+    async def take(self, *chunk: object, **__: object) -> None:
+        self.tokens += cast(int, chunk[1])
+
+    async def hear(self, tokens: int) -> None:
+        """Wait for so many tokens more."""
+        enough = self.tokens + tokens
+        while self.tokens < enough:
+            await asyncio.sleep(0.001)
+
+
+async def test_a_long_stream_makes_room_for_others_after_its_slice_and_goes_on(
+    swarm: Swarm, modules: ClientModules, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rooms, "SLICE_SECONDS", 0.1)
+    monkeypatch.setattr(IncrementalDetokenizer, "holds_tokens", False)  # each token is a chunk
+    swarm.open_session = OnePlace
+    texts = Tokenizer(str(model), None, {})
+    monkeypatch.setattr(texts, "end_of_sequence_ids", frozenset())  # it never ends by itself
+    shared = Model(texts, HeadBatcher(modules, row_seconds=0.0), swarm, PrefixStore(idle_timeout=60))
+    session, endless = Session(shared, "somebody", 100_000), Listener()
+    streaming = asyncio.create_task(session.generate(GenerationRequest("Hi", chunk_tokens=1), endless))
+    await endless.hear(3)
+    for owner in ("another", "a third"):
+        other = Session(shared, owner, 100)
+        await other.generate(GenerationRequest("Hello", max_new_tokens=3), Listener())
+        await other.close()
+        await endless.hear(3)
+    assert swarm.counts.caches_given_back >= 1  # and not only where it had outgrown them
+    endless.cancelled = True
+    await streaming
+    await session.close()
+    assert not OnePlace.is_taken
+
+
+async def test_who_leaves_a_silent_server_is_not_waited_for(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contexts, "LAST_STEP_SECONDS", 0.05)
+    swarm.open_session = OnePlace
+    answers = asyncio.Event()
+    step = OnePlace.step
+
+    async def step_when_it_answers(
+        self: OnePlace, hidden_states: torch.Tensor, permit: Permit | None = None
+    ) -> torch.Tensor:
+        await answers.wait()
+        return await step(self, hidden_states, permit)
+
+    monkeypatch.setattr(OnePlace, "step", step_when_it_answers)
+    applicant = Applicant()
+    holder = Context(swarm, "somebody", 100)
+    holder.tokens += PROMPT
+    answers.set()
+    assert await holder.feed(1, applicant) is not None
+
+    # In a step: the caches are given up; the history is not.
+    holder.tokens.append(5)
+    answers.clear()
+    feeding = asyncio.create_task(holder.feed(1, applicant))
+    await leave(applicant)
+    assert await feeding is None
+    assert (swarm.rooms.residents, OnePlace.is_taken) == (0, False)
+    answers.set()
+    applicant.cancelled = False
+    assert await holder.feed(1, applicant) is not None
+    assert holder.cached_tokens == len(PROMPT) + 1
+
+    # As the head of the queue, while it tries: the next one has its turn.
+    applicants = [Applicant(), Applicant()]
+    feedings = []
+    for applicant in applicants:
+        applicant.may_wait = True
+        waiting = Context(swarm, "another", 100)
+        waiting.tokens += PROMPT
+        feedings.append(asyncio.create_task(waiting.feed(1, applicant)))
+        while swarm.rooms.waiting < len(feedings):
+            await asyncio.sleep(0)
+    answers.clear()
+    await asyncio.sleep(2 * rooms.LOOK_AGAIN_SECONDS)
+    await leave(applicants[0])
+    assert await feedings[0] is None
+    assert swarm.rooms.waiting == 1
+    answers.set()
+    await holder.drop_caches()
+    assert await feedings[1] is not None
+    await waiting.drop_caches()
+    assert not OnePlace.is_taken
+
+
+async def leave(applicant: Applicant) -> None:
+    """Be cancelled, twice, in the middle of a step."""
+    while applicant.on_cancel is None:
+        await asyncio.sleep(0)
+    applicant.cancelled = True
+    for _ in range(2):
+        applicant.on_cancel()
 
 
 async def test_others_may_have_the_caches_of_who_waits_for_the_tokenizer(

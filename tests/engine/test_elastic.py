@@ -91,12 +91,12 @@ class Reference:
     """What local transformers would say."""
 
     def __init__(self, model: Path) -> None:
-        self._model = load_reference(model)
+        self.model = load_reference(model)
         self.tokenizer: PreTrainedTokenizerFast = save_tokenizer("byte_level", model)
 
     def continue_greedily(self, text: str, new_tokens: int) -> str:
         tokens: list[int] = self.tokenizer(text)["input_ids"]
-        tokens += greedy_tokens(self._model, tokens, new_tokens)
+        tokens += greedy_tokens(self.model, tokens, new_tokens)
         whole: str = self.tokenizer.decode(tokens)
         return whole[len(text) :]
 
@@ -171,6 +171,7 @@ async def test_clients_that_ask_token_by_token_take_turns_too(serve: Serve, refe
         printable(reference.continue_greedily(prompt_of(user), NEW_TOKENS)) for user in range(USERS)
     ]
     assert report.caches_given_back > 0
+    assert report.tokens_replayed < USERS * NEW_TOKENS  # and not with each second token
     assert report.open_sessions == USERS
 
 
@@ -247,6 +248,27 @@ async def test_a_stateless_chat_processes_only_what_is_new(engine: ProcessEngine
     assert [prompt - cached for prompt, cached in usages] == [1] + 9 * [2]
     assert with_reuse == Counts(usages[-1][0] + 11 - 1, 0, 9, sum(cached for _, cached in usages))
     assert without_reuse == Counts(sum(prompt + 11 - 1 for prompt, _ in plain_usages), 0, 0, 0)
+
+
+async def test_what_is_reused_is_what_transformers_would_have_there(
+    serve: Serve, reference: Reference
+) -> None:
+    """Ten turns on a model whose answers depend on all that was said, as tokens, whose text need not be exact."""
+    async with serve() as engine:
+        tokens: list[int] = reference.tokenizer(prompt_of(0))["input_ids"]
+        answered = 0
+        for turn in range(10):
+            session = await engine.open_session("model", CACHE_TOKENS, owner="somebody", is_stateless=True)
+            chunks = await collect(session, GenerationRequest(tuple(tokens), max_new_tokens=5))
+            await session.close()
+            assert chunks[-1].cached_tokens == max(0, answered - 1)
+            said = reference.tokenizer.decode(tokens)
+            tokens += greedy_tokens(reference.model, tokens, 5)
+            assert printable(text_of(chunks)) == printable(reference.tokenizer.decode(tokens)[len(said) :])
+            answered = len(tokens)
+            tokens += reference.tokenizer(f" {turn}")["input_ids"]
+        report = await report_of(engine)
+    assert (report.prefix_hits, report.tokens_replayed) == (9, 0)
 
 
 async def test_reuse_can_be_switched_off(serve: Serve) -> None:

@@ -134,6 +134,64 @@ async def test_a_busy_tenant_is_recalled_after_its_slice_and_not_before(
     assert places.log == ["a", "b", "c"]
 
 
+async def test_a_recall_lasts_until_the_tenant_looks_or_nobody_waits(
+    places: Places, queue: RoomQueue
+) -> None:
+    tenants = [Tenant(name, places) for name in "abc"]
+    for tenant in tenants[:2]:
+        await tenant.enter()
+        queue.settled(tenant)
+    entering = asyncio.create_task(tenants[2].enter())
+    await waiting_for(queue, 1)
+    async with asyncio.timeout(5):
+        while not queue.is_recalled(tenants[0]):
+            queue.busy(tenants[0])  # it goes on, as with each token
+            await asyncio.sleep(0.01)
+    queue.busy(tenants[0])
+    assert queue.is_recalled(tenants[0])
+    tenants[2].cancel()
+    await entering
+    assert not queue.is_recalled(tenants[0])
+
+
+async def test_who_does_not_give_way_is_not_waited_for_alone(
+    places: Places, queue: RoomQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rooms, "RECALL_SECONDS", 0.1)
+    tenants = [Tenant(name, places) for name in "abc"]
+    for tenant in tenants[:2]:
+        await tenant.enter()
+        queue.settled(tenant)
+    entering = asyncio.create_task(tenants[2].enter())
+    await waiting_for(queue, 1)
+    async with asyncio.timeout(5):
+        while not queue.is_recalled(tenants[1]):
+            await asyncio.sleep(0.01)
+    await tenants[1].leave()
+    await entering
+    assert places.log == ["a", "b", "c"]
+
+
+async def test_room_is_made_for_others_than_those_of_this_queue(
+    places: Places, queue: RoomQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rooms, "WANTED_ELSEWHERE_SECONDS", 0.2)
+    busy, idle = Tenant("a", places), Tenant("b", places)
+    for tenant in (busy, idle):
+        await tenant.enter()
+        queue.settled(tenant)
+    queue.idle(idle)
+    await asyncio.sleep(rooms.IDLE_GRACE_SECONDS)
+    await queue.make_room_elsewhere()
+    assert places.log == ["a", "b", "-b"]
+    assert not queue.is_recalled(busy)  # its slice is not over
+    await asyncio.sleep(rooms.SLICE_SECONDS)
+    await queue.make_room_elsewhere()
+    assert queue.is_recalled(busy)
+    await asyncio.sleep(0.3)  # and nobody says any more that he waits
+    assert not queue.is_recalled(busy)
+
+
 async def test_owners_take_turns(places: Places, queue: RoomQueue) -> None:
     first = [Tenant("x1", places, "x"), Tenant("x2", places, "x")]
     for tenant in first:
@@ -150,6 +208,27 @@ async def test_owners_take_turns(places: Places, queue: RoomQueue) -> None:
     await asyncio.gather(*tasks)
     assert places.log == ["x1", "x2", "x3", "y1", "x4"]
     assert later[1].places_told == [2, 3, 2, 1]
+
+
+async def test_clients_take_turns_whoever_they_pretend_to_be(places: Places, queue: RoomQueue) -> None:
+    for name in ("v", "w"):
+        await Tenant(name, places, f"x\n{name}").enter()
+    later = [Tenant(name, places, f"x\n{name}") for name in ("x1", "x2", "x3")]
+    later += [Tenant("y1", places, "y"), Tenant("y2", places, "y")]
+    queue = RoomQueue(max_waiting=5, timeout=5, idle_timeout=60)
+    places.queue = queue
+    tasks = []
+    for count, tenant in enumerate(later, 1):
+        tasks.append(asyncio.create_task(tenant.enter()))
+        places.free = 0
+        await waiting_for(queue, count)
+    assert [tenant.places_told[-1] for tenant in later] == [1, 3, 5, 2, 4]
+    for _ in later:
+        places.free += 1
+        queue.freed()
+        await asyncio.sleep(0.1)
+    await asyncio.gather(*tasks)
+    assert places.log == ["v", "w", "x1", "y1", "x2", "y2", "x3"]
 
 
 async def test_the_queue_has_an_end(places: Places, queue: RoomQueue) -> None:

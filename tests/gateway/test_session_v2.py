@@ -84,6 +84,23 @@ def test_a_model_without_public_api_opens_for_the_own_page_alone() -> None:
     assert connection(same_origin=True).receive_text(frame) == [OpenSession("org/private", 64)]
 
 
+@pytest.mark.parametrize("request_frame", [SINGLE, STREAMING])
+@pytest.mark.parametrize(
+    ("wish", "told"),
+    [({}, []), ({"queue_places": False}, []), ({"queue_places": True}, [{"ok": True, "queue_place": 2}])],
+)
+def test_places_in_the_queue_are_told_to_those_who_asked_for_them(
+    wish: dict[str, bool], told: list[Any], request_frame: dict[str, Any]
+) -> None:
+    protocol = connection()
+    protocol.receive_text(json.dumps({**OPEN, **wish}))
+    protocol.session_opened()
+    protocol.receive_text(json.dumps(request_frame))
+    assert frames(protocol.chunk_generated(Chunk("", 0, queue_place=2))) == told
+    chunk = Chunk("Hi", 1, FinishReason.LENGTH)
+    assert [frame["outputs"] for frame in frames(protocol.chunk_generated(chunk))] == ["Hi"]
+
+
 def test_without_a_stop_sequence_everything_is_asked_for_at_once() -> None:
     frame = json.dumps({**SINGLE, "stop_sequence": None, "extra_stop_sequences": ["</s>"], "num_beams": 4})
     assert request_of(opened().receive_text(frame)) == GenerationRequest("A", max_new_tokens=3)

@@ -1,7 +1,8 @@
-"""What servers' errors mean for a session; they come as Petals' own caches word them."""
+"""What servers' errors mean for a session, as Petals' own caches word them; and how it goes on without a server."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,3 +75,79 @@ async def test_other_errors_are_no_refusal() -> None:
 
     for error in (P2PHandlerError("a block failed"), ValueError("Could not allocate 2 bytes")):
         assert refusal_in(error, 10) is None
+
+
+class Chain:
+    """The routing of a swarm in which one server at a time holds all blocks."""
+
+    num_blocks = 2
+    max_attempts = 3
+    connect_timeout = request_timeout = 1.0
+    p2p: Any = None
+    serving = "first"
+
+    async def find_servers(self, start: int, end: int, cache_tokens: int) -> list[Any]:
+        return [SimpleNamespace(peer_id=self.serving, start=start, end=end)]
+
+    async def tensor_schema(self, span: Any) -> Any:
+        return [SimpleNamespace(dtype=torch.float32, compression=0)]
+
+    def uids(self, span: Any) -> str:
+        return "blocks"
+
+    def retry_delay(self, attempt: int) -> float:
+        return 0.0
+
+
+class Place:
+    """The right to send a prompt."""
+
+    def __init__(self) -> None:
+        self.is_held = False
+
+    async def take(self) -> None:
+        assert not self.is_held
+        self.is_held = True
+
+    def give_back(self) -> None:
+        assert self.is_held
+        self.is_held = False
+
+
+async def test_the_past_of_a_lost_server_is_sent_as_a_prompt_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one, with those of other sessions: all lose the server at the same time."""
+    from petals_chat.swarm import session as module
+
+    routing, place = Chain(), Place()
+    sent: list[tuple[str, int, bool]] = []
+
+    async def step(self: Any, inputs: torch.Tensor, step_id: str, followers: object) -> torch.Tensor:
+        if self.span.peer_id != routing.serving:
+            raise ConnectionError
+        sent.append((self.span.peer_id, inputs.shape[1], place.is_held))
+        self.past_inputs.append(inputs)
+        return inputs
+
+    monkeypatch.setattr(module._ServerSession, "step", step)
+    monkeypatch.setattr(module, "REPLAY_TOKENS", 4)
+    session = module.SwarmSession(routing, 100)  # type: ignore[arg-type]
+    await place.take()
+    await session.step(torch.zeros(1, 5, 8), place)
+    place.give_back()
+    await session.step(torch.zeros(1, 1, 8), place)
+    routing.serving = "second"
+    await session.step(torch.zeros(1, 1, 8), place)
+    assert sent == [
+        ("first", 5, True),
+        ("first", 1, False),
+        ("second", 4, True),
+        ("second", 2, True),
+        ("second", 1, False),
+    ]
+    assert not place.is_held
+    await place.take()
+    routing.serving = "third"
+    await session.step(torch.zeros(1, 2, 8), place)
+    assert {is_held for server, _, is_held in sent if server == "third"} == {True}
+    assert place.is_held
+    await session.close()

@@ -10,13 +10,15 @@ import asyncio
 import dataclasses
 import sys
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 from petals_chat.engine.rooms import Applicant, RoomQueue
 from petals_chat.errors import AttentionCacheFullError, MaximumLengthExceededError
 from petals_chat.head.modules import ClientModules
+
+Result = TypeVar("Result")
 
 NEW_TOKENS_ROOM = 256
 """Room for new tokens that caches are opened with, unless fewer are asked for: what clients allow is often far
@@ -29,6 +31,10 @@ of a single token pass them, so a long prompt delays others by no more than thes
 PREFILL_SECONDS = 10.0
 """A piece that takes longer is probably on its way to a server that does not answer: others go on without waiting."""
 
+LAST_STEP_SECONDS = 1.0
+"""How long a step may go on for an applicant who was cancelled; the caches are worth so much. A silent server would
+keep the turn in the queue, and all that waits for the context's end, for minutes."""
+
 DOUBTFUL_ROOM_SECONDS = 0.1
 """How long servers may wait for room of a size that there never was; if it is more than all they have, they say so."""
 
@@ -40,6 +46,11 @@ class Permit:
         self._places = places
         self._expiry: asyncio.TimerHandle | None = None
         """While it is held."""
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it was taken, and not given back yet."""
+        return self._expiry is not None
 
     async def take(self) -> None:
         """Hold it, as soon as there is a place."""
@@ -61,7 +72,7 @@ class SwarmSession(Protocol):
     position: int
 
     async def step(self, hidden_states: torch.Tensor, permit: Permit | None = None) -> torch.Tensor:
-        """Hidden states [1, tokens, hidden_size] through all blocks; ``permit`` is held by the caller."""
+        """Hidden states [1, tokens, hidden_size] through all blocks; a piece of a prompt comes with the permit held."""
 
     async def close(self) -> None:
         """Free the servers' memory."""
@@ -164,12 +175,21 @@ class Context:
         rooms = self._swarm.rooms
         if self._caches is not None and rooms.is_recalled(self):
             await self.evict()
+            await rooms.let_others_in()
+        try:
+            return await self._feed(new_tokens, applicant)
+        except _ApplicantLeft:
+            await self.drop_caches()  # what they hold is not known
+            return None
+
+    async def _feed(self, new_tokens: int | None, applicant: Applicant) -> torch.Tensor | None:
+        rooms = self._swarm.rooms
         while not applicant.cancelled:
             if self._caches is None or self._caches.max_length < len(self.tokens):
                 await self.drop_caches()
                 hidden = await rooms.admit(
                     self,
-                    lambda is_scarce: self._open(new_tokens, is_scarce),
+                    lambda is_scarce: self._open(new_tokens, is_scarce, applicant),
                     applicant,
                     is_return=self._tokens_sent > 0,
                 )
@@ -177,7 +197,7 @@ class Context:
                     return None
             else:
                 try:
-                    hidden = await self._step(self._caches)
+                    hidden = await self._step(self._caches, applicant)
                 except (AttentionCacheFullError, MaximumLengthExceededError):
                     # A server was lost, and its substitute has no room, or not for so long a session.
                     await self.drop_caches()
@@ -208,7 +228,7 @@ class Context:
         del self.tokens[length:]
         self._tokens_sent = min(self._tokens_sent, length)
 
-    async def _open(self, new_tokens: int | None, is_scarce: bool) -> torch.Tensor:
+    async def _open(self, new_tokens: int | None, is_scarce: bool, applicant: Applicant) -> torch.Tensor:
         """New caches, with the first piece of the history in them; memory is taken in this first step."""
         room = min(new_tokens or NEW_TOKENS_ROOM, NEW_TOKENS_ROOM)
         size = len(self.tokens) + room
@@ -216,6 +236,8 @@ class Context:
             # A power of two: what grows is replayed once for each doubling, not for each request.
             roomy = ROOMY_TOKENS // (1 + self._swarm.rooms.residents // 4)
             size = max(1 << (size - 1).bit_length(), roomy)
+        elif len(self.tokens) < self._swarm.longest_held:
+            size = min(size, self._swarm.longest_held)  # known to fit
         short = self._swarm.modules.short_context
         if short is not None and len(self.tokens) <= short:  # its rotary embedding is the short one's so long
             size = min(size, short)
@@ -225,7 +247,7 @@ class Context:
         is_doubtful = is_scarce and size > self._swarm.longest_held
         caches = self._swarm.open_session(size, DOUBTFUL_ROOM_SECONDS if is_doubtful else 0.0)
         try:
-            hidden = await self._step(caches)
+            hidden = await self._step(caches, applicant)
         except MaximumLengthExceededError as error:
             await caches.close()
             if error.limit >= size:
@@ -233,7 +255,7 @@ class Context:
             self._swarm.longest_caches = error.limit
             if len(self.tokens) > error.limit:
                 raise
-            return await self._open(new_tokens, is_scarce)
+            return await self._open(new_tokens, is_scarce, applicant)
         except BaseException:
             await caches.close()
             raise
@@ -242,20 +264,23 @@ class Context:
         self._caches = caches
         return hidden
 
-    async def _step(self, caches: SwarmSession) -> torch.Tensor:
-        """The next piece of the history through all blocks: hidden states [1, tokens, hidden_size]."""
+    async def _step(self, caches: SwarmSession, applicant: Applicant) -> torch.Tensor:
+        """The next piece of the history through all blocks: hidden states [1, tokens, hidden_size].
+
+        Raises:
+            _ApplicantLeft: the applicant was cancelled, and the swarm did not answer for some time. The caches can
+                only be closed.
+        """
         start = caches.position
         end = min(start + self._swarm.prefill_chunk_tokens, len(self.tokens))
         hidden = self._swarm.modules.embed(self.tokens[start:end])
-        if end - start == 1:
-            outputs = await caches.step(hidden)
-        else:
-            permit = Permit(self._swarm.prefills)
-            try:
-                await permit.take()
-                outputs = await caches.step(hidden, permit)
-            finally:
-                permit.give_back()
+        permit = Permit(self._swarm.prefills)
+        try:
+            if end - start > 1:
+                await _unless_left(permit.take(), applicant)
+            outputs = await _unless_left(caches.step(hidden, permit), applicant)
+        finally:
+            permit.give_back()
         counts = self._swarm.counts
         counts.tokens_processed += end - start
         counts.tokens_replayed += max(0, min(end, self._tokens_sent) - start)
@@ -263,3 +288,31 @@ class Context:
         if self.on_outputs is not None:
             await self.on_outputs(start, outputs[0])
         return outputs
+
+
+class _ApplicantLeft(Exception):
+    """The applicant was cancelled, and what it was for takes too long."""
+
+
+async def _unless_left(work: Awaitable[Result], applicant: Applicant) -> Result:
+    """What the work gives.
+
+    Raises:
+        _ApplicantLeft: the applicant was cancelled, and so was the work, which then did not end soon.
+    """
+    limit = asyncio.timeout(None)
+
+    def leave() -> None:
+        if limit.when() is None:
+            limit.reschedule(asyncio.get_running_loop().time() + LAST_STEP_SECONDS)
+
+    on_cancel, applicant.on_cancel = applicant.on_cancel, leave
+    try:
+        async with limit:
+            return await work
+    except TimeoutError:
+        if limit.expired():
+            raise _ApplicantLeft from None
+        raise
+    finally:
+        applicant.on_cancel = on_cancel

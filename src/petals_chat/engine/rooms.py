@@ -1,9 +1,9 @@
 """Who may hold attention caches when the swarm has not room for all: a fair queue, and eviction.
 
 Room is not counted here, because other gateways take of it too: servers say when they are full. Then whoever
-needs room waits in a queue, round robin over owners, and its head gets the room of contexts that are idle; or,
-if none is, of one that has had its time slice, which comes back by way of the queue. Where others have all the room,
-it waits for them, but does not hold up those behind it who may need less.
+needs room waits in a queue, round robin over clients, and over the owners of each. Its head gets the room of
+contexts that are idle; or, if none is, of one that has had its time slice, which comes back by way of the queue.
+Where others have all the room, it waits for them, but does not hold up those behind it who may need less.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import math
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import NoReturn, Protocol, TypeVar
 
 from petals_chat.engine.interface import client_of
@@ -34,6 +34,12 @@ PATIENCE_SECONDS = 5.0
 SPARING_SECONDS = 30.0
 """Whoever found no room though nothing here held any, takes none from others for this time."""
 EXPIRY_CHECK_SECONDS = 5.0
+RECALL_SECONDS = 5.0
+"""Who has not given way for so long probably waits for a server that is silent: another is recalled too."""
+WANTED_ELSEWHERE_SECONDS = 5.0
+"""A worker whose contexts wait says so more often than that, and the others hear of it."""
+OTHERS_FIRST_SECONDS = 2 * LOOK_AGAIN_SECONDS
+"""Whoever gave way for another worker's contexts leaves them this time to take the room."""
 
 
 class Applicant(Protocol):
@@ -65,7 +71,7 @@ class _Stay:
     replay_seconds: float | None = None
     """How long it took to fill the caches; None as long as that goes on."""
     idle_since: float | None = None
-    is_recalled: bool = False
+    recalled_at: float | None = None
 
     def evictable_at(self) -> float:
         """From when on the caches may be taken for others, if it stays as it is; busy or not."""
@@ -118,13 +124,14 @@ class RoomQueue:
         self._queues: dict[str, deque[_Waiter]] = {}
         """By owner."""
         self._last_turns: dict[str, int] = {}
-        """When owners had their last turns, counted in turns; owners that are not here had none for long."""
+        """When owners and clients had their last turns, counted in turns; who is not here had none for long."""
         self._turns = 0
         self._head: _Waiter | None = None
         """The waiter that tries; it is not in its queue any more."""
         self._changed = asyncio.Event()
         """Somebody became idle or left, or the head wants no more."""
         self._is_freed = False
+        self._wanted_elsewhere_until = -math.inf
 
     @property
     def residents(self) -> int:
@@ -173,14 +180,35 @@ class RoomQueue:
             stay.replay_seconds = _now() - stay.since
 
     def is_recalled(self, resident: Resident) -> bool:
-        """Whether a busy context shall give its caches back before its next step."""
-        return self._stays[resident].is_recalled and self.waiting > 0
+        """Whether a busy context shall give its caches back before its next step.
+
+        A recall is forgotten when nobody waits any more.
+        """
+        stay = self._stays[resident]
+        if not self.waiting and not self.is_wanted_elsewhere:
+            stay.recalled_at = None
+        return stay.recalled_at is not None
+
+    @property
+    def is_wanted_elsewhere(self) -> bool:
+        """Whether another worker's contexts wait for room in the same swarm."""
+        return _now() < self._wanted_elsewhere_until
+
+    async def make_room_elsewhere(self) -> None:
+        """Give back what is idle, and recall a busy context whose slice is over: another worker's wait."""
+        self._wanted_elsewhere_until = _now() + WANTED_ELSEWHERE_SECONDS
+        await self.evict_idle(IDLE_GRACE_SECONDS)
+        self._recall_one()
+
+    async def let_others_in(self) -> None:
+        """Wait until another worker's contexts, if some wait, have had their chance to take the room given back."""
+        if self.is_wanted_elsewhere:
+            await asyncio.sleep(OTHERS_FIRST_SECONDS)
 
     def busy(self, resident: Resident) -> None:
         """The context is used from now on."""
         if stay := self._stays.get(resident):
             stay.idle_since = None
-            stay.is_recalled = False
 
     def idle(self, resident: Resident) -> None:
         """Nobody uses the context for now."""
@@ -205,7 +233,7 @@ class RoomQueue:
             await asyncio.sleep(min(EXPIRY_CHECK_SECONDS, self._idle_timeout))
             await self.evict_idle(self._idle_timeout)
 
-    async def evict_idle(self, after_seconds: float = IDLE_GRACE_SECONDS) -> None:
+    async def evict_idle(self, after_seconds: float) -> None:
         """Give back what nobody has used for so long."""
         for resident in list(self._stays):
             stay = self._stays.get(resident)  # it may be used again while others are evicted
@@ -326,14 +354,21 @@ class RoomQueue:
                 if stay.evictable_at() <= now:
                     await resident.evict()
                     return
-            busy = [stay for stay in self._stays.values() if stay.idle_since is None]
-            if busy and not any(stay.is_recalled for stay in busy):
-                oldest = min(busy, key=_Stay.evictable_at)
-                oldest.is_recalled = oldest.evictable_at() <= now
-            times = [stay.evictable_at() for stay in self._stays.values() if not stay.is_recalled]
+            self._recall_one()
+            times = [stay.evictable_at() for stay in self._stays.values() if stay.recalled_at is None]
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.01, min([until, *times]) - now)):
                     await self._changed.wait()
+
+    def _recall_one(self) -> None:
+        """Have the busy context whose slice was over first give way, unless one is about to."""
+        now = _now()
+        busy = [stay for stay in self._stays.values() if stay.idle_since is None]
+        if any(stay.recalled_at is not None and now - stay.recalled_at < RECALL_SECONDS for stay in busy):
+            return
+        others = [stay for stay in busy if stay.recalled_at is None and stay.evictable_at() <= now]
+        if others:
+            min(others, key=_Stay.evictable_at).recalled_at = now
 
     def _queue_up(self, owner: str, waiter: _Waiter) -> None:
         waiter.turn.clear()
@@ -348,21 +383,26 @@ class RoomQueue:
             if not self._queues[owner]:
                 del self._queues[owner]
             self._turns += 1
-            self._last_turns[owner] = self._turns
+            self._last_turns[owner] = self._last_turns[client_of(owner)] = self._turns
             self._head.turn.set()
         if self._head is not None:
             for place, waiter in enumerate((self._head, *self._order()), 1):
                 waiter.tell_place(place)
 
     def _owners(self) -> list[str]:
-        """The owners of those behind the head; whose last turn is longest ago comes first."""
-        return sorted(self._queues, key=lambda owner: self._last_turns.get(owner, 0))
+        """The owners of those behind the head; whose client's last turn is longest ago comes first, then whose own."""
+
+        def last_turns(owner: str) -> tuple[int, int]:
+            return self._last_turns.get(client_of(owner), 0), self._last_turns.get(owner, 0)
+
+        return sorted(self._queues, key=last_turns)
 
     def _order(self) -> list[_Waiter]:
         """Those behind the head, in the order of their turns."""
-        queues = [list(self._queues[owner]) for owner in self._owners()]
-        longest = max(map(len, queues), default=0)
-        return [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]
+        of_clients: dict[str, list[Iterable[_Waiter]]] = {}
+        for owner in self._owners():
+            of_clients.setdefault(client_of(owner), []).append(self._queues[owner])
+        return list(_in_turns([_in_turns(queues) for queues in of_clients.values()]))
 
     def _remove(self, owner: str, waiter: _Waiter) -> None:
         if self._head is waiter:
@@ -377,3 +417,9 @@ class RoomQueue:
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
+
+
+def _in_turns(queues: Iterable[Iterable[_Waiter]]) -> Iterator[_Waiter]:
+    """The first of each, then the second of each that has one, and so on."""
+    for turn in itertools.zip_longest(*queues):
+        yield from (waiter for waiter in turn if waiter is not None)

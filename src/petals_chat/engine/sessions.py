@@ -21,6 +21,9 @@ from petals_chat.protocol.messages import FinishReason, GenerationRequest, Sampl
 
 PROMPT_LOGPROBS_PER_CHUNK = 128
 """Keeps messages to the gateway small."""
+CONTINUED_TOKENS = 64
+"""Who has a session asks for more, often for one token after the other. Room for exactly that would be outgrown, and
+the context replayed, with each second one."""
 
 
 class ChunkConsumer(Applicant, Protocol):
@@ -248,11 +251,12 @@ class Session:
 
     async def _hand_over(self, chunk: Awaitable[None], consumer: ChunkConsumer) -> None:
         """While the consumer is slow, others may have the context's caches."""
-        rooms = self._model.swarm.rooms
-        if consumer.is_slow:
+        rooms, is_slow = self._model.swarm.rooms, consumer.is_slow
+        if is_slow:
             rooms.idle(self._context)
         await chunk
-        rooms.busy(self._context)
+        if is_slow:
+            rooms.busy(self._context)
 
     async def _sampler(self, parameters: SamplingParameters) -> TokenSampler:
         model, vocab_size = self._model, self._model.swarm.modules.vocab_size
@@ -286,6 +290,8 @@ class Session:
         self, request: GenerationRequest, generated: int, consumer: ChunkConsumer
     ) -> torch.Tensor | None:
         new_tokens = None if request.max_new_tokens is None else request.max_new_tokens - generated
+        if new_tokens is not None and not self._is_stateless:
+            new_tokens = max(new_tokens, CONTINUED_TOKENS)
         if not self._context.lacks_one_token:
             self._model.batcher.forget(self._trip)  # a prompt takes longer; nobody shall wait for it
             return await self._context.feed(new_tokens, consumer)

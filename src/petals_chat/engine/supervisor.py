@@ -103,10 +103,10 @@ class ProcessEngine:
         return max(answers, key=lambda answer: answer.is_reachable)
 
     def _make_room_for(self, waiting: _Worker) -> None:
-        """Have the other workers in the same swarm give back what they do not use."""
+        """Have the other workers that use the same blocks give back what they do not need now."""
         for model in self._models.values():
             for worker in model.workers:
-                if worker is not waiting and worker.shares_swarm_with(waiting):
+                if worker is not waiting and worker.shares_blocks_with(waiting):
                     worker.give_back_caches()
 
     async def wait_until_settled(self) -> None:
@@ -369,6 +369,12 @@ class _Worker:
 
     def shares_swarm_with(self, other: _Worker) -> bool:
         return self._host is other._host and self._peers == other._peers
+
+    def shares_blocks_with(self, other: _Worker) -> bool:
+        """Whether both take room of the same servers; they may have different adapters."""
+        if self.started is None or other.started is None:
+            return False
+        return self.shares_swarm_with(other) and self.started.dht_prefix == other.started.dht_prefix
 
     def give_back_caches(self) -> None:
         if self._connection:

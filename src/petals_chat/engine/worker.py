@@ -207,7 +207,7 @@ class Worker:
                 description = self._model.tokenizer.description
                 self._send(TokenizerDescribed(command.request_id, description))
             case GiveBackCaches():
-                self._start(0, self._model.swarm.rooms.evict_idle())
+                self._start(0, self._model.swarm.rooms.make_room_elsewhere())
             case CheckReachability():
                 self._start(command.request_id, self._check_reachability(command))
             case StartWorker():

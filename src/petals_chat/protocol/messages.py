@@ -217,7 +217,8 @@ class DescribeTokenizer(msgspec.Struct, frozen=True, tag="describe_tokenizer"):
 
 
 class GiveBackCaches(msgspec.Struct, frozen=True, tag="give_back_caches"):
-    """Other workers wait for room in the same swarm: give back attention caches that nobody uses. Has no answer."""
+    """Other workers wait for room on the same servers: give back attention caches that nobody uses, or else those
+    of a context that had its time slice. Sent again and again as long as they wait. Has no answer."""
 
 
 class CheckReachability(msgspec.Struct, frozen=True, tag="check_reachability"):

@@ -16,7 +16,8 @@ import logging
 import math
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 import torch
@@ -90,6 +91,10 @@ class Routing(Protocol):
 class Permit(Protocol):
     """What a step may have to hold, but not while it only waits; see `petals_chat.engine.contexts.Permit`."""
 
+    @property
+    def is_held(self) -> bool:
+        """Whether it was taken, and not given back yet."""
+
     async def take(self) -> None:
         """Hold it, as soon as it can be had."""
 
@@ -120,7 +125,8 @@ class SwarmSession:
 
         Args:
             hidden_states: [1, tokens, hidden_size], following those of the steps before.
-            permit: held by the caller; others may have it between two attempts.
+            permit: if the caller holds it, others may have it between two attempts; if not, it is taken for the time
+                in which a lost server's past is repeated elsewhere.
 
         Returns:
             [1, tokens, hidden_size], of the same dtype and on the same device.
@@ -150,11 +156,12 @@ class SwarmSession:
     ) -> torch.Tensor:
         attempt = 0
         is_lost = False
+        held = permit if permit is not None and permit.is_held else None
         refusals: dict[PeerID, _Refusal] = {}
         while True:
             try:
                 if is_lost or index == len(self._servers):
-                    await self._replace_servers(index, block, refusals)
+                    await self._replace_servers(index, block, refusals, permit)
                 return await self._servers[index].step(inputs, step_id, self._servers[index + 1 :])
             except _ServerRefused as error:
                 # Not a failure of the server: nobody else has to avoid it, and waiting here would not help.
@@ -168,14 +175,16 @@ class SwarmSession:
                     raise _translate(error) from error
                 delay = self._routing.retry_delay(attempt - 1)
                 logger.debug("a step failed, trying again in %g s", delay, exc_info=True)
-                if permit is not None:
-                    permit.give_back()
+                if held:
+                    held.give_back()
                 await asyncio.sleep(delay)
-                if permit is not None:
-                    await permit.take()
+                if held:
+                    await held.take()
             is_lost = True
 
-    async def _replace_servers(self, index: int, block: int, refusals: Mapping[PeerID, _Refusal]) -> None:
+    async def _replace_servers(
+        self, index: int, block: int, refusals: Mapping[PeerID, _Refusal], permit: Permit | None
+    ) -> None:
         """Put a new chain in the place of server ``index``, which begins with ``block``, and repeat its past there.
 
         Raises:
@@ -196,8 +205,9 @@ class SwarmSession:
         try:
             for past in _joined(replaced[0].past_inputs if replaced else []):
                 outputs, step_id = past, _new_step_id()
-                for number, server in enumerate(servers):
-                    outputs = await server.step(outputs, step_id, servers[number + 1 :])
+                async with _holding(permit):
+                    for number, server in enumerate(servers):
+                        outputs = await server.step(outputs, step_id, servers[number + 1 :])
         except BaseException:
             for server in servers:
                 await server.close()
@@ -374,6 +384,19 @@ class _Stream:
 def _new_step_id() -> str:
     """What servers know a step by when it reaches them twice: from the client and from the server before."""
     return str(next(_step_numbers))
+
+
+@asynccontextmanager
+async def _holding(permit: Permit | None) -> AsyncIterator[None]:
+    """Hold the permit, if there is one and it is not held already."""
+    if permit is None or permit.is_held:
+        yield
+        return
+    await permit.take()
+    try:
+        yield
+    finally:
+        permit.give_back()
 
 
 def _joined(pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
