@@ -91,10 +91,7 @@ async def swarm(modules: ClientModules) -> AsyncIterator[Swarm]:
     async with asyncio.timeout(TIMEOUT_SECONDS):
         yield swarm
         # All places are free again, and no more than there were.
-        for _ in range(PREFILLS_AT_ONCE):
-            assert not swarm.prefills.locked()
-            await swarm.prefills.acquire()
-        assert swarm.prefills.locked()
+        assert swarm.prefills.free == PREFILLS_AT_ONCE
 
 
 def begin(swarm: Swarm) -> asyncio.Task[torch.Tensor | None]:
@@ -126,7 +123,7 @@ async def test_a_server_that_does_not_answer_holds_others_up_for_a_while_only(
     monkeypatch.setattr(contexts, "PREFILL_SECONDS", 0.05)
     swarm.open_session = Silent
     waiting = [begin(swarm) for _ in range(PREFILLS_AT_ONCE)]
-    while not swarm.prefills.locked():
+    while swarm.prefills.free:
         await asyncio.sleep(0)
     swarm.open_session = Echo
     assert await begin(swarm) is not None

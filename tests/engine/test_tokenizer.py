@@ -101,6 +101,26 @@ async def test_what_is_cancelled_before_its_turn_is_not_begun(
     assert begun == ["a", "c"]
 
 
+async def test_clients_with_long_texts_take_turns(
+    tokenizer: Tokenizer, held: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, begun = tokenizer.encode, []
+
+    def noted_encode(inputs: str, *, at_start: bool) -> list[int]:
+        begun.append(inputs[0])
+        return encode(inputs, at_start=at_start)
+
+    monkeypatch.setattr(tokenizer, "encode", noted_encode)
+    tasks = [
+        asyncio.create_task(tokenizer.encode_aside(letter + LONG_TEXT, at_start=True, owner=owner))
+        for letter, owner in zip("abcd", ("x", "x", "x", "y"), strict=True)
+    ]
+    await asyncio.sleep(0)
+    held.set()
+    await asyncio.gather(*tasks)
+    assert begun == ["a", "b", "d", "c"]
+
+
 async def test_what_is_cancelled_before_its_turn_is_not_kept(
     tokenizer: Tokenizer, held: threading.Event
 ) -> None:

@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from petals_chat.engine.rooms import Applicant, RoomQueue
+from petals_chat.engine.turns import Turns
 from petals_chat.errors import AttentionCacheFullError, MaximumLengthExceededError
 from petals_chat.head.modules import ClientModules
 
@@ -42,8 +43,9 @@ DOUBTFUL_ROOM_SECONDS = 0.1
 class Permit:
     """The right to send a piece of a prompt; nobody keeps it for longer than `PREFILL_SECONDS`."""
 
-    def __init__(self, places: asyncio.Semaphore) -> None:
+    def __init__(self, places: Turns, owner: str) -> None:
         self._places = places
+        self._owner = owner
         self._expiry: asyncio.TimerHandle | None = None
         """While it is held."""
 
@@ -54,7 +56,7 @@ class Permit:
 
     async def take(self) -> None:
         """Hold it, as soon as there is a place."""
-        await self._places.acquire()
+        await self._places.take(self._owner)
         self._expiry = asyncio.get_running_loop().call_later(PREFILL_SECONDS, self.give_back)
 
     def give_back(self) -> None:
@@ -62,7 +64,7 @@ class Permit:
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry = None
-            self._places.release()
+            self._places.give_back()
 
 
 class SwarmSession(Protocol):
@@ -117,7 +119,7 @@ class Swarm:
         self.open_session = open_session
         self.rooms = rooms
         self.prefill_chunk_tokens = prefill_chunk_tokens
-        self.prefills = asyncio.Semaphore(PREFILLS_AT_ONCE)
+        self.prefills = Turns(PREFILLS_AT_ONCE)
         self.counts = Counts()
         self.longest_caches = sys.maxsize
         """Tokens of the longest caches that servers allow, as far as that is known."""
@@ -274,7 +276,7 @@ class Context:
         start = caches.position
         end = min(start + self._swarm.prefill_chunk_tokens, len(self.tokens))
         hidden = self._swarm.modules.embed(self.tokens[start:end])
-        permit = Permit(self._swarm.prefills)
+        permit = Permit(self._swarm.prefills, self.owner)
         try:
             if end - start > 1:
                 await _unless_left(permit.take(), applicant)

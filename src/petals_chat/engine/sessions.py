@@ -138,7 +138,9 @@ class Session:
         if request.inputs is None or consumer.cancelled:
             return []
         encoding = asyncio.ensure_future(
-            self._model.tokenizer.encode_aside(request.inputs, at_start=not self._context.tokens)
+            self._model.tokenizer.encode_aside(
+                request.inputs, at_start=not self._context.tokens, owner=self._context.owner
+            )
         )
 
         def cancel() -> None:

@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 from petals_chat.engine.chat_prompts import ChatEncoder
 from petals_chat.engine.grammars import GrammarCompiler, TokenGrammar
 from petals_chat.engine.token_bytes import TokenBytes
+from petals_chat.engine.turns import Turns
 from petals_chat.errors import ConfigurationError, InvalidParameterError
 from petals_chat.generation.sampling import Logprobs
 from petals_chat.protocol.messages import (
@@ -38,8 +39,8 @@ MESSAGE_SIZE = 32
 class Tokenizer:
     """Text to token ids and back.
 
-    The coroutines let the event loop go on meanwhile: long texts are done in a thread, one after the other. One that is
-    cancelled before its turn is not begun.
+    The coroutines let the event loop go on meanwhile: long texts are done in a thread, one after the other, clients in
+    turn. One that is cancelled before its turn is not begun.
 
     Args:
         chat_template: Jinja, in place of the tokenizer's own.
@@ -69,10 +70,13 @@ class Tokenizer:
         self._token_bytes = TokenBytes(self._tokenizer)
         # Beside the loop: transformers sets options of the tokenizer with the first call only, which has been by now.
         self._thread = ThreadPoolExecutor(1, "tokenizer")
+        self._turns = Turns(1)
 
-    async def encode_aside(self, inputs: str | ChatPrompt | tuple[int, ...], *, at_start: bool) -> list[int]:
+    async def encode_aside(
+        self, inputs: str | ChatPrompt | tuple[int, ...], *, at_start: bool, owner: str = ""
+    ) -> list[int]:
         """As `encode`."""
-        return await self._aside(_size(inputs), lambda: self.encode(inputs, at_start=at_start))
+        return await self._aside(_size(inputs), lambda: self.encode(inputs, at_start=at_start), owner)
 
     async def spell_aside(self, inputs: str | ChatPrompt, *, at_start: bool) -> EncodedText:
         """The tokens that `encode` gives, with their texts."""
@@ -86,14 +90,15 @@ class Tokenizer:
         """
         return await self._aside(len(tokens), lambda: self.decode(self.encode(tokens, at_start=False)))
 
-    async def _aside(self, size: int, work: Callable[[], Result]) -> Result:
+    async def _aside(self, size: int, work: Callable[[], Result], owner: str = "") -> Result:
         if size <= IN_LOOP_SIZE:
             return work()
-        to_do = [work]
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: to_do.pop()())
-        finally:
-            to_do.clear()  # what is cancelled stays in the thread's queue until its turn, but not with its text
+        async with self._turns.turn(owner):
+            to_do = [work]
+            try:
+                return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: to_do.pop()())
+            finally:
+                to_do.clear()  # one that is cancelled while the thread still does another is not begun
 
     def encode(self, inputs: str | ChatPrompt | tuple[int, ...], *, at_start: bool) -> list[int]:
         """Token ids of ``inputs``; a text begins with its special tokens (BOS) only ``at_start`` of a session.
