@@ -14,6 +14,7 @@ import psutil
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from petals_chat.engine.sessions import CONTINUED_TOKENS
 from petals_chat.engine.supervisor import ProcessEngine
 from petals_chat.errors import AttentionCacheFullError, MaximumLengthExceededError, WorkerLostError
 from petals_chat.protocol.messages import FinishReason, GenerationRequest, StatusReported
@@ -384,10 +385,14 @@ def cpu_seconds(process: psutil.Process) -> float:
 
 
 async def test_500_sessions_dropped_in_every_state_leave_nothing(serve: Serve) -> None:
-    """States: never used, finished, without a session's end, in mid-generation, in prefill, while it waits, failed."""
+    """States: never used, finished, without a session's end, in mid-generation, in prefill, while it waits, failed,
+    grown beyond its room, while a long text is tokenised, paused since nobody takes what was generated.
+
+    Meanwhile those of all states take the room from each other.
+    """
 
     async def drop(engine: ProcessEngine, number: int) -> None:
-        state = number % 7
+        state = number % 10
         session = await engine.open_session("model", 200, owner=f"user {number % 5}", is_stateless=state == 2)
         request = GenerationRequest(prompt_of(number), max_new_tokens=2, chunk_tokens=1)
         stream = session.generate(request)
@@ -404,6 +409,19 @@ async def test_500_sessions_dropped_in_every_state_leave_nothing(serve: Serve) -
         elif state == 6:
             with pytest.raises(MaximumLengthExceededError):
                 await collect(session, GenerationRequest(prompt_of(number) * 20, max_new_tokens=1))
+        elif state == 7:
+            await collect(session, request)
+            new_tokens = CONTINUED_TOKENS + 1 if number < 100 else 1
+            await collect(session, GenerationRequest(None, max_new_tokens=new_tokens))
+        elif state == 8:
+            stream = session.generate(GenerationRequest("word " * 10_000, max_new_tokens=1))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.001):
+                    await anext(stream)
+        elif state == 9:
+            stream = session.generate(GenerationRequest(prompt_of(number), max_new_tokens=50, chunk_tokens=1))
+            await anext(stream)
+            await asyncio.sleep(0.1)
         await stream.aclose()
         await session.close()
 

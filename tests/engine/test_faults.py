@@ -140,6 +140,7 @@ async def test_a_session_survives_the_loss_of_hosts(
     while cpu_total(replicas) - sum(before.values()) < 0.1:  # it has begun to compute
         await asyncio.sleep(0.01)
     replicas.kill(RANGES[1], replicas.busier(RANGES[1], before))
+    assert not collecting.done()
     text = await collecting
     length = len(tokens)
     tokens += tokenizer(LONG_INPUT)["input_ids"]
