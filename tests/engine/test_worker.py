@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 
+from petals_chat.engine import worker as worker_module
 from petals_chat.engine.contexts import Counts
 from petals_chat.engine.prefixes import PrefixStore
 from petals_chat.engine.rooms import RoomQueue
@@ -55,6 +56,27 @@ def worker(tmp_path: Path) -> Worker:
     return Worker(
         Model(Tokenizer(str(tmp_path), None, {}), batcher, swarm, PrefixStore(idle_timeout=60)), swarm
     )
+
+
+async def test_what_a_worker_does_all_the_time_is_begun_again_after_an_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(worker_module, "STATUS_PERIOD_SECONDS", 0)
+    begun, is_begun_again = 0, asyncio.Event()
+
+    async def work() -> None:
+        nonlocal begun
+        begun += 1
+        if begun == 1:
+            raise OSError("the swarm is away")
+        is_begun_again.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(worker_module._repeat(work))
+    await asyncio.wait_for(is_begun_again.wait(), 5)
+    task.cancel()
+    await asyncio.wait((task,))
+    assert "the swarm is away" in caplog.text
 
 
 async def test_a_text_that_is_cancelled_at_once_is_forgotten(worker: Worker) -> None:

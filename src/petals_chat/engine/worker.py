@@ -15,7 +15,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import NoReturn
 
 import torch
 
@@ -162,10 +163,13 @@ class Worker:
         )
         self._send(started)
         background = [
-            asyncio.create_task(self._report_status()),
-            asyncio.create_task(self._swarm.stay_joined()),
-            asyncio.create_task(self._swarm.watch()),
-            asyncio.create_task(self._model.swarm.rooms.expire_idle()),
+            asyncio.create_task(_repeat(work))
+            for work in (
+                self._report_status,
+                self._swarm.stay_joined,
+                self._swarm.watch,
+                self._model.swarm.rooms.expire_idle,
+            )
         ]
         try:
             await self._channel.wait_for_end()
@@ -292,6 +296,16 @@ class Worker:
     def _send(self, event: Event) -> None:
         # What is unsent is bounded: by a window of chunks for each generation, one answer for each command.
         self._channel.send(encode(event))
+
+
+async def _repeat(work: Callable[[], Awaitable[object]]) -> NoReturn:
+    """Begin the work again when it fails: without it the worker would go on, and nobody would know what is missing."""
+    while True:
+        try:
+            await work()
+        except Exception:
+            logger.exception("%s failed, and begins again", work)
+        await asyncio.sleep(STATUS_PERIOD_SECONDS)
 
 
 def _read_start_command(connection: socket.socket, decoder: FrameDecoder) -> StartWorker | None:
