@@ -289,6 +289,22 @@ async def test_who_leaves_a_silent_server_is_not_waited_for(
     assert not OnePlace.is_taken
 
 
+async def test_who_leaves_while_he_waits_for_others_prompts_is_not_waited_for_in_the_step(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contexts, "LAST_STEP_SECONDS", 0.2)
+    swarm.open_session = Silent
+    for _ in range(PREFILLS_AT_ONCE):
+        await swarm.prefills.take("somebody")
+    context, applicant = Context(swarm, "another", 100), Applicant()
+    context.tokens += PROMPT
+    feeding = asyncio.create_task(context.feed(1, applicant))
+    await leave(applicant)
+    for _ in range(PREFILLS_AT_ONCE):
+        swarm.prefills.give_back()
+    assert await feeding is None
+
+
 async def leave(applicant: Applicant) -> None:
     """Be cancelled, twice, in the middle of a step."""
     while applicant.on_cancel is None:

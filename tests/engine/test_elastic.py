@@ -172,7 +172,7 @@ async def test_clients_that_ask_token_by_token_take_turns_too(serve: Serve, refe
         printable(reference.continue_greedily(prompt_of(user), NEW_TOKENS)) for user in range(USERS)
     ]
     assert report.caches_given_back > 0
-    assert report.tokens_replayed < USERS * NEW_TOKENS  # and not with each second token
+    assert report.tokens_replayed < 4 * USERS * NEW_TOKENS  # with each second token it would be 14 times
     assert report.open_sessions == USERS
 
 

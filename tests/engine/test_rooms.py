@@ -124,11 +124,11 @@ async def test_a_busy_tenant_is_recalled_after_its_slice_and_not_before(
         queue.settled(tenant)
     entering = asyncio.create_task(tenants[2].enter())
     await waiting_for(queue, 1)
-    assert not any(queue.is_recalled(tenant) for tenant in tenants[:2])
+    assert not any(queue.gives_way(tenant) for tenant in tenants[:2])
     async with asyncio.timeout(5):
-        while not queue.is_recalled(tenants[0]):
+        while not queue.gives_way(tenants[0]):
             await asyncio.sleep(0.01)
-    assert not queue.is_recalled(tenants[1])
+    assert not queue.gives_way(tenants[1])
     await tenants[0].leave()
     await entering
     assert places.log == ["a", "b", "c"]
@@ -144,14 +144,14 @@ async def test_a_recall_lasts_until_the_tenant_looks_or_nobody_waits(
     entering = asyncio.create_task(tenants[2].enter())
     await waiting_for(queue, 1)
     async with asyncio.timeout(5):
-        while not queue.is_recalled(tenants[0]):
+        while not queue.gives_way(tenants[0]):
             queue.busy(tenants[0])  # it goes on, as with each token
             await asyncio.sleep(0.01)
     queue.busy(tenants[0])
-    assert queue.is_recalled(tenants[0])
+    assert queue.gives_way(tenants[0])
     tenants[2].cancel()
     await entering
-    assert not queue.is_recalled(tenants[0])
+    assert not queue.gives_way(tenants[0])
 
 
 async def test_who_does_not_give_way_is_not_waited_for_alone(
@@ -165,7 +165,7 @@ async def test_who_does_not_give_way_is_not_waited_for_alone(
     entering = asyncio.create_task(tenants[2].enter())
     await waiting_for(queue, 1)
     async with asyncio.timeout(5):
-        while not queue.is_recalled(tenants[1]):
+        while not queue.gives_way(tenants[1]):
             await asyncio.sleep(0.01)
     await tenants[1].leave()
     await entering
@@ -176,20 +176,48 @@ async def test_room_is_made_for_others_than_those_of_this_queue(
     places: Places, queue: RoomQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rooms, "WANTED_ELSEWHERE_SECONDS", 0.2)
+    monkeypatch.setattr(rooms, "SLICE_SECONDS", 60)
+    monkeypatch.setattr(rooms, "OTHERS_FIRST_SECONDS", 0.2)
     busy, idle = Tenant("a", places), Tenant("b", places)
     for tenant in (busy, idle):
         await tenant.enter()
         queue.settled(tenant)
     queue.idle(idle)
     await asyncio.sleep(rooms.IDLE_GRACE_SECONDS)
-    await queue.make_room_elsewhere()
+    await queue.make_room_elsewhere(recalls=True)
     assert places.log == ["a", "b", "-b"]
-    assert not queue.is_recalled(busy)  # its slice is not over
+    assert not queue.gives_way(busy)
+    await queue.make_room_elsewhere(recalls=True)
+    assert not queue.gives_way(busy)  # its slice is not over
+    monkeypatch.setattr(rooms, "SLICE_SECONDS", 0)
+    await queue.make_room_elsewhere(recalls=False)
+    assert not queue.gives_way(busy)
+    await queue.make_room_elsewhere(recalls=True)
+    await asyncio.sleep(0.3)
+    assert not queue.gives_way(busy)  # nobody says any more that he waits
+    await queue.make_room_elsewhere(recalls=True)
+    began = asyncio.get_running_loop().time()
+    assert queue.gives_way(busy)
+    await busy.leave()
+    await Tenant("c", places).enter()  # it leaves the others the first chance, though there is room
+    assert asyncio.get_running_loop().time() - began >= rooms.OTHERS_FIRST_SECONDS
+    assert places.log == ["a", "b", "-b", "c"]
+
+
+async def test_who_gets_a_long_prompt_has_a_slice_from_then_on(places: Places, queue: RoomQueue) -> None:
+    tenants = [Tenant(name, places) for name in "abc"]
+    for tenant in tenants[:2]:
+        await tenant.enter()
+        queue.settled(tenant)
     await asyncio.sleep(rooms.SLICE_SECONDS)
-    await queue.make_room_elsewhere()
-    assert queue.is_recalled(busy)
-    await asyncio.sleep(0.3)  # and nobody says any more that he waits
-    assert not queue.is_recalled(busy)
+    queue.fills(tenants[0])
+    entering = asyncio.create_task(tenants[2].enter())
+    async with asyncio.timeout(5):
+        while not queue.gives_way(tenants[1]):
+            await asyncio.sleep(0.01)
+    assert not queue.gives_way(tenants[0])
+    await tenants[1].leave()
+    await entering
 
 
 async def test_owners_take_turns(places: Places, queue: RoomQueue) -> None:
@@ -213,22 +241,22 @@ async def test_owners_take_turns(places: Places, queue: RoomQueue) -> None:
 async def test_clients_take_turns_whoever_they_pretend_to_be(places: Places, queue: RoomQueue) -> None:
     for name in ("v", "w"):
         await Tenant(name, places, f"x\n{name}").enter()
-    later = [Tenant(name, places, f"x\n{name}") for name in ("x1", "x2", "x3")]
-    later += [Tenant("y1", places, "y"), Tenant("y2", places, "y")]
-    queue = RoomQueue(max_waiting=5, timeout=5, idle_timeout=60)
+    later = [Tenant(name, places, f"x\n{name[:2]}") for name in ("x1", "x1 again", "x2")]
+    later += [Tenant("x", places, "x"), Tenant("y1", places, "y"), Tenant("y2", places, "y")]
+    queue = RoomQueue(max_waiting=6, timeout=5, idle_timeout=60)
     places.queue = queue
     tasks = []
     for count, tenant in enumerate(later, 1):
         tasks.append(asyncio.create_task(tenant.enter()))
         places.free = 0
         await waiting_for(queue, count)
-    assert [tenant.places_told[-1] for tenant in later] == [1, 3, 5, 2, 4]
+    assert [tenant.places_told[-1] for tenant in later] == [1, 6, 3, 5, 2, 4]
     for _ in later:
         places.free += 1
         queue.freed()
         await asyncio.sleep(0.1)
     await asyncio.gather(*tasks)
-    assert places.log == ["v", "w", "x1", "y1", "x2", "y2", "x3"]
+    assert places.log == ["v", "w", "x1", "y1", "x2", "y2", "x", "x1 again"]
 
 
 async def test_the_queue_has_an_end(places: Places, queue: RoomQueue) -> None:
@@ -442,7 +470,7 @@ async def test_all_of_many_get_their_turn(monkeypatch: pytest.MonkeyPatch) -> No
         for _ in range(3):
             await tenant.enter()
             queue.settled(tenant)
-            while not queue.is_recalled(tenant) and queue.waiting:
+            while not queue.gives_way(tenant) and queue.waiting:
                 await asyncio.sleep(0.001)
             await tenant.leave()
 

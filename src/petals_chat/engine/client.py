@@ -127,10 +127,10 @@ class WorkerConnection:
             self._send(CloseSession(next(self._request_ids), session_id))  # nobody will own it
             raise
 
-    def give_back_caches(self) -> None:
-        """Ask the worker for attention caches that nobody uses, since others wait for their room."""
+    def give_back_caches(self, *, recalls: bool) -> None:
+        """Ask the worker for attention caches that it needs less than others who wait; see `GiveBackCaches`."""
         if not self._lost:
-            self._send(GiveBackCaches())
+            self._send(GiveBackCaches(recalls))
 
     async def close_session(self, session_id: str) -> None:
         """Close a session; returns when its memory is free, or the worker is gone."""

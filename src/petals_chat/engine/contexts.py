@@ -136,15 +136,17 @@ class Context:
 
     Args:
         owner: whose it is, for a fair queue.
+        spare_tokens: room for more tokens than are asked for, where room is scarce, if so much was ever there.
     """
 
-    def __init__(self, swarm: Swarm, owner: str, max_length: int) -> None:
+    def __init__(self, swarm: Swarm, owner: str, max_length: int, *, spare_tokens: int = 0) -> None:
         self.tokens: list[int] = []
         self.owner = owner
         self.max_length = max_length
         self.on_outputs: OnOutputs | None = None
         """Awaited with each piece that came out of the swarm; a replay may bring a piece again."""
         self._swarm = swarm
+        self._spare_tokens = spare_tokens
         self._caches: SwarmSession | None = None
         self._tokens_sent = 0
         """The longest part of the history that was ever in caches; sending it again is a replay."""
@@ -175,9 +177,11 @@ class Context:
             MaximumLengthExceededError: servers do not allow so long a history.
         """
         rooms = self._swarm.rooms
-        if self._caches is not None and rooms.is_recalled(self):
-            await self.evict()
-            await rooms.let_others_in()
+        if self._caches is not None:
+            if rooms.gives_way(self):
+                await self.evict()
+            elif len(self.tokens) - self.cached_tokens > self._swarm.prefill_chunk_tokens:
+                rooms.fills(self)
         try:
             return await self._feed(new_tokens, applicant)
         except _ApplicantLeft:
@@ -238,8 +242,8 @@ class Context:
             # A power of two: what grows is replayed once for each doubling, not for each request.
             roomy = ROOMY_TOKENS // (1 + self._swarm.rooms.residents // 4)
             size = max(1 << (size - 1).bit_length(), roomy)
-        elif len(self.tokens) < self._swarm.longest_held:
-            size = min(size, self._swarm.longest_held)  # known to fit
+        elif len(self.tokens) + self._spare_tokens <= self._swarm.longest_held:
+            size = max(size, len(self.tokens) + self._spare_tokens)
         short = self._swarm.modules.short_context
         if short is not None and len(self.tokens) <= short:  # its rotary embedding is the short one's so long
             size = min(size, short)
@@ -311,6 +315,8 @@ async def _unless_left(work: Awaitable[Result], applicant: Applicant) -> Result:
     on_cancel, applicant.on_cancel = applicant.on_cancel, leave
     try:
         async with limit:
+            if applicant.cancelled:  # while something else was waited for
+                leave()
             return await work
     except TimeoutError:
         if limit.expired():

@@ -39,7 +39,7 @@ RECALL_SECONDS = 5.0
 WANTED_ELSEWHERE_SECONDS = 5.0
 """A worker whose contexts wait says so more often than that, and the others hear of it."""
 OTHERS_FIRST_SECONDS = 2 * LOOK_AGAIN_SECONDS
-"""Whoever gave way for another worker's contexts leaves them this time to take the room."""
+"""For so long a worker that made room for another one's contexts leaves it to them."""
 
 
 class Applicant(Protocol):
@@ -124,14 +124,15 @@ class RoomQueue:
         self._queues: dict[str, deque[_Waiter]] = {}
         """By owner."""
         self._last_turns: dict[str, int] = {}
-        """When owners and clients had their last turns, counted in turns; who is not here had none for long."""
+        """When owners had their last turns, counted in turns; who is not here had none for long."""
+        self._last_turns_of_clients: dict[str, int] = {}
         self._turns = 0
         self._head: _Waiter | None = None
         """The waiter that tries; it is not in its queue any more."""
         self._changed = asyncio.Event()
         """Somebody became idle or left, or the head wants no more."""
         self._is_freed = False
-        self._wanted_elsewhere_until = -math.inf
+        self._wanted_elsewhere_until = self._stands_back_until = -math.inf
 
     @property
     def residents(self) -> int:
@@ -163,7 +164,7 @@ class RoomQueue:
             AttentionCacheFullError: too many wait, or it took too long.
             PetalsChatError: what else ``attempt`` raises.
         """
-        if self.waiting == 0:
+        if self.waiting == 0 and _now() >= self._stands_back_until:
             began = _now()
             with contextlib.suppress(AttentionCacheFullError):
                 result = await attempt(False)
@@ -179,31 +180,39 @@ class RoomQueue:
         if stay.replay_seconds is None:
             stay.replay_seconds = _now() - stay.since
 
-    def is_recalled(self, resident: Resident) -> bool:
-        """Whether a busy context shall give its caches back before its next step.
+    def fills(self, resident: Resident) -> None:
+        """A long prompt goes into the caches, as if they were new."""
+        self._stays[resident] = _Stay(_now())
 
-        A recall is forgotten when nobody waits any more.
+    def gives_way(self, resident: Resident) -> bool:
+        """Whether a busy context shall give its caches back before its next step; asked when it could.
+
+        A recall is forgotten when nobody waits any more. If another worker's contexts wait, those of this one then
+        leave them the first chance.
         """
         stay = self._stays[resident]
-        if not self.waiting and not self.is_wanted_elsewhere:
+        if stay.recalled_at is None:
+            return False
+        if _now() < self._wanted_elsewhere_until:
+            self._wanted_elsewhere_until = -math.inf
+            self._stands_back_until = _now() + OTHERS_FIRST_SECONDS
+        elif not self.waiting:
             stay.recalled_at = None
         return stay.recalled_at is not None
 
-    @property
-    def is_wanted_elsewhere(self) -> bool:
-        """Whether another worker's contexts wait for room in the same swarm."""
-        return _now() < self._wanted_elsewhere_until
+    async def make_room_elsewhere(self, *, recalls: bool) -> None:
+        """Another worker's contexts wait: give back what is idle.
 
-    async def make_room_elsewhere(self) -> None:
-        """Give back what is idle, and recall a busy context whose slice is over: another worker's wait."""
-        self._wanted_elsewhere_until = _now() + WANTED_ELSEWHERE_SECONDS
+        Args:
+            recalls: if nothing is, recall a busy context whose slice is over.
+        """
+        before = len(self._stays)
         await self.evict_idle(IDLE_GRACE_SECONDS)
-        self._recall_one()
-
-    async def let_others_in(self) -> None:
-        """Wait until another worker's contexts, if some wait, have had their chance to take the room given back."""
-        if self.is_wanted_elsewhere:
-            await asyncio.sleep(OTHERS_FIRST_SECONDS)
+        if len(self._stays) < before:
+            self._stands_back_until = _now() + OTHERS_FIRST_SECONDS
+        elif recalls:
+            self._wanted_elsewhere_until = _now() + WANTED_ELSEWHERE_SECONDS
+            self._recall_one()
 
     def busy(self, resident: Resident) -> None:
         """The context is used from now on."""
@@ -322,6 +331,9 @@ class RoomQueue:
         """
         last_resident = _now()
         while not applicant.cancelled:
+            if (rest := self._stands_back_until - _now()) > 0:
+                await asyncio.sleep(rest)
+                continue
             began = _now()
             try:
                 result = await attempt(True)
@@ -355,7 +367,7 @@ class RoomQueue:
                     await resident.evict()
                     return
             self._recall_one()
-            times = [stay.evictable_at() for stay in self._stays.values() if stay.recalled_at is None]
+            times = [time for stay in self._stays.values() if (time := stay.evictable_at()) > now]
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.01, min([until, *times]) - now)):
                     await self._changed.wait()
@@ -383,7 +395,7 @@ class RoomQueue:
             if not self._queues[owner]:
                 del self._queues[owner]
             self._turns += 1
-            self._last_turns[owner] = self._last_turns[client_of(owner)] = self._turns
+            self._last_turns[owner] = self._last_turns_of_clients[client_of(owner)] = self._turns
             self._head.turn.set()
         if self._head is not None:
             for place, waiter in enumerate((self._head, *self._order()), 1):
@@ -393,7 +405,7 @@ class RoomQueue:
         """The owners of those behind the head; whose client's last turn is longest ago comes first, then whose own."""
 
         def last_turns(owner: str) -> tuple[int, int]:
-            return self._last_turns.get(client_of(owner), 0), self._last_turns.get(owner, 0)
+            return self._last_turns_of_clients.get(client_of(owner), 0), self._last_turns.get(owner, 0)
 
         return sorted(self._queues, key=last_turns)
 
@@ -409,6 +421,7 @@ class RoomQueue:
             self._head = None
             if not self._queues:
                 self._last_turns.clear()
+                self._last_turns_of_clients.clear()
         elif (queue := self._queues.get(owner)) and waiter in queue:
             queue.remove(waiter)
             if not queue:

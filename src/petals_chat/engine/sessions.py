@@ -83,7 +83,8 @@ class Session:
         self.max_length = max_length
         self._model = model
         self._is_stateless = is_stateless
-        self._context = Context(model.swarm, owner, max_length)
+        spare_tokens = 0 if is_stateless else CONTINUED_TOKENS
+        self._context = Context(model.swarm, owner, max_length, spare_tokens=spare_tokens)
         self._detokenizer = IncrementalDetokenizer(model.tokenizer.decode)
         self._trip = Trip()
         self._turn = asyncio.Lock()
@@ -292,8 +293,6 @@ class Session:
         self, request: GenerationRequest, generated: int, consumer: ChunkConsumer
     ) -> torch.Tensor | None:
         new_tokens = None if request.max_new_tokens is None else request.max_new_tokens - generated
-        if new_tokens is not None and not self._is_stateless:
-            new_tokens = max(new_tokens, CONTINUED_TOKENS)
         if not self._context.lacks_one_token:
             self._model.batcher.forget(self._trip)  # a prompt takes longer; nobody shall wait for it
             return await self._context.feed(new_tokens, consumer)

@@ -103,11 +103,17 @@ class ProcessEngine:
         return max(answers, key=lambda answer: answer.is_reachable)
 
     def _make_room_for(self, waiting: _Worker) -> None:
-        """Have the other workers that use the same blocks give back what they do not need now."""
-        for model in self._models.values():
-            for worker in model.workers:
-                if worker is not waiting and worker.shares_blocks_with(waiting):
-                    worker.give_back_caches()
+        """Have the other workers that use the same servers give back what they do not need now.
+
+        The one that holds most gives back more, if that is more than the waiting one holds.
+        """
+        workers = [worker for model in self._models.values() for worker in model.workers]
+        others = [
+            worker for worker in workers if worker is not waiting and worker.shares_blocks_with(waiting)
+        ]
+        fullest = max(others, key=_Worker.residents, default=waiting)
+        for worker in others:
+            worker.give_back_caches(recalls=worker is fullest and worker.residents() > waiting.residents())
 
     async def wait_until_settled(self) -> None:
         """Wait until every model is ready or is known not to be."""
@@ -376,9 +382,13 @@ class _Worker:
             return False
         return self.shares_swarm_with(other) and self.started.dht_prefix == other.started.dht_prefix
 
-    def give_back_caches(self) -> None:
+    def residents(self) -> int:
+        """How many of its sessions held caches when it last said."""
+        return self.report.resident_sessions if self.report else 0
+
+    def give_back_caches(self, *, recalls: bool) -> None:
         if self._connection:
-            self._connection.give_back_caches()
+            self._connection.give_back_caches(recalls=recalls)
 
     def _receive_status(self, report: StatusReported) -> None:
         self.report = report

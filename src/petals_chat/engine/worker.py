@@ -211,7 +211,8 @@ class Worker:
                 description = self._model.tokenizer.description
                 self._send(TokenizerDescribed(command.request_id, description))
             case GiveBackCaches():
-                self._start(0, self._model.swarm.rooms.make_room_elsewhere())
+                rooms = self._model.swarm.rooms
+                self._start(0, rooms.make_room_elsewhere(recalls=command.recalls))
             case CheckReachability():
                 self._start(command.request_id, self._check_reachability(command))
             case StartWorker():

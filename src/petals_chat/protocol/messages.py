@@ -217,8 +217,13 @@ class DescribeTokenizer(msgspec.Struct, frozen=True, tag="describe_tokenizer"):
 
 
 class GiveBackCaches(msgspec.Struct, frozen=True, tag="give_back_caches"):
-    """Other workers wait for room on the same servers: give back attention caches that nobody uses, or else those
-    of a context that had its time slice. Sent again and again as long as they wait. Has no answer."""
+    """Another worker waits for room on the same servers: give back attention caches that nobody uses.
+
+    Sent again and again as long as it waits. Has no answer.
+    """
+
+    recalls: bool
+    """If there are none: those of a context that has had its time slice, too."""
 
 
 class CheckReachability(msgspec.Struct, frozen=True, tag="check_reachability"):
