@@ -26,8 +26,6 @@ class _Server(uvicorn.Server):
 async def running_server(app: ASGIApp, settings: Settings) -> AsyncIterator[str]:
     """Serve the app as long as the block runs; gives "127.0.0.1:port"."""
     listener = socket.create_server(("127.0.0.1", 0))
-    # As uvloop does, with which the product runs; asyncio does it for sockets only that name their protocol.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     server = _Server(uvicorn_config(app, settings))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:

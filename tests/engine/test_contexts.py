@@ -234,6 +234,92 @@ async def test_a_long_stream_makes_room_for_others_after_its_slice_and_goes_on(
     assert not OnePlace.is_taken
 
 
+class FewPlaces(Echo):
+    """Caches on a server with room for so many tokens; longer ones than all of it are refused for ever."""
+
+    TOTAL = 3400
+    taken: ClassVar[int] = 0
+    opened: ClassVar[list[int]] = []
+    _has_place = False
+
+    async def step(self, hidden_states: torch.Tensor, permit: Permit | None = None) -> torch.Tensor:
+        if not self._has_place:
+            if FewPlaces.taken + self.max_length > self.TOTAL:
+                raise AttentionCacheFullError
+            FewPlaces.taken += self.max_length
+            self._has_place = True
+            self.opened.append(self.max_length)
+        return await super().step(hidden_states, permit)
+
+    async def close(self) -> None:
+        if self._has_place:
+            FewPlaces.taken -= self.max_length
+            self._has_place = False
+
+
+async def test_who_asks_token_by_token_has_room_for_more_than_one_though_it_is_scarce(swarm: Swarm) -> None:
+    swarm.open_session, swarm.prefill_chunk_tokens = FewPlaces, 512
+    applicant = Applicant()
+    applicant.may_wait = True
+    contexts = [Context(swarm, f"user {number}", 8000, spare_tokens=64) for number in range(3)]
+    for context, length in zip(contexts, (700, 700, 950), strict=True):
+        context.tokens += [1] * length
+        assert await context.feed(1, applicant) is not None  # the first two are busy from now on
+    FewPlaces.opened.clear()
+    for _ in range(200):
+        context.tokens.append(1)
+        assert await context.feed(1, applicant) is not None
+    assert FewPlaces.opened == [1089, 1154]
+    for context in contexts:
+        await context.drop_caches()
+    assert FewPlaces.taken == 0
+
+
+class SlowReader(Consumer):
+    """Takes the log probabilities of a few tokens, and no more until it goes on."""
+
+    may_wait = True
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self.goes_on = asyncio.Event()
+
+    @property
+    def is_slow(self) -> bool:  # type: ignore[override]
+        return self.taken >= 2 and not self.goes_on.is_set()
+
+    async def take(self, *_: object, **more: object) -> None:
+        if self.is_slow:
+            await self.goes_on.wait()
+        self.taken += len(cast(tuple[object, ...], more.get("prompt_logprobs", ())))
+
+
+async def test_others_may_have_the_caches_of_who_does_not_read_the_prompt_s_log_probabilities(
+    swarm: Swarm, modules: ClientModules, model: Path
+) -> None:
+    swarm.open_session = OnePlace
+    shared = Model(
+        Tokenizer(str(model), None, {}),
+        HeadBatcher(modules, row_seconds=0.0),
+        swarm,
+        PrefixStore(idle_timeout=60),
+    )
+    reader, prompt = SlowReader(), "Hello there, how are you?"
+    session = Session(shared, "somebody", 100)
+    request = GenerationRequest(prompt, max_new_tokens=0, prompt_logprobs=0)
+    generating = asyncio.create_task(session.generate(request, reader))
+    while not reader.is_slow:
+        await asyncio.sleep(0)
+    other = Session(shared, "another", 100)
+    await other.generate(GenerationRequest("Hello", max_new_tokens=3), Listener())
+    await other.close()
+    reader.goes_on.set()
+    await generating
+    assert reader.taken == len(shared.tokenizer.encode(prompt, at_start=True))
+    await session.close()
+    assert not OnePlace.is_taken
+
+
 async def test_who_leaves_a_silent_server_is_not_waited_for(
     swarm: Swarm, monkeypatch: pytest.MonkeyPatch
 ) -> None:

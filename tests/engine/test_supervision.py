@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import psutil
 import pytest
 import pytest_asyncio
 
+from petals_chat.engine import supervisor
 from petals_chat.engine.interface import ModelState
 from petals_chat.engine.supervisor import ProcessEngine
 from petals_chat.errors import (
+    ErrorReport,
     MissingBlocksError,
     ModelLoadingError,
     ModelUnavailableError,
@@ -70,6 +73,19 @@ def leader(word: str) -> psutil.Process:
     return process
 
 
+async def wait_for_end(processes: list[psutil.Process]) -> None:
+    """It leaves the exit status of our own children to the event loop, which waits for it."""
+
+    def is_alive(process: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return bool(process.status() != psutil.STATUS_ZOMBIE)
+        return False
+
+    async with asyncio.timeout(5):
+        while any(map(is_alive, processes)):
+            await asyncio.sleep(0.01)
+
+
 async def wait_for_state(engine: ProcessEngine, state: ModelState) -> None:
     async with asyncio.timeout(TIMEOUT_SECONDS):
         while engine.statuses[KEY].state is not state:
@@ -90,8 +106,7 @@ async def test_a_killed_worker_fails_its_requests_and_comes_back(engine: Process
     await session.close()
     with pytest.raises(ModelLoadingError):
         await engine.open_session(KEY, 64)
-    _, alive = psutil.wait_procs(family, timeout=5)
-    assert alive == []
+    await wait_for_end(family)
     await wait_for_state(engine, ModelState.READY)
     assert await generate(engine) == expected
 
@@ -103,8 +118,7 @@ async def test_a_session_goes_on_identically_when_a_killed_host_is_back(engine: 
     host = leader("host")
     family = [host, *host.children(recursive=True)]
     host.kill()
-    _, alive = psutil.wait_procs(family, timeout=5)
-    assert alive == []
+    await wait_for_end(family)
     async with asyncio.timeout(TIMEOUT_SECONDS):
         while True:
             try:
@@ -115,6 +129,38 @@ async def test_a_session_goes_on_identically_when_a_killed_host_is_back(engine: 
                 await asyncio.sleep(0.5)
     assert "".join(first + second) == undisturbed
     await session.close()
+
+
+async def test_a_worker_that_is_killed_while_its_host_starts_comes_back(tmp_path: Path) -> None:
+    _others.update(children())
+    try:
+        async with ProcessEngine(engine_settings(tmp_path)) as engine:
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                while not any("engine.worker" in " ".join(child.cmdline()) for child in children()):
+                    await asyncio.sleep(0.01)
+            assert engine.statuses[KEY].state is ModelState.LOADING
+            leader("engine.worker").kill()
+            await wait_for_state(engine, ModelState.READY)
+            assert await generate(engine)
+    finally:
+        _others.clear()
+
+
+async def test_what_ends_with_any_error_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE_SECONDS", 0.0)
+    is_started_again, errors = asyncio.Event(), list[ErrorReport]()
+
+    async def run() -> None:
+        if not errors:
+            raise ZeroDivisionError
+        is_started_again.set()
+        await asyncio.Event().wait()
+
+    running = asyncio.create_task(supervisor.keep_running("worker", run, errors.append))
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        await is_started_again.wait()
+    running.cancel()
+    assert [error.code for error in errors] == ["internal_error"]
 
 
 async def test_a_model_that_cannot_be_started_says_why_and_others_go_on(tmp_path: Path) -> None:

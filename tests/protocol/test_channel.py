@@ -1,8 +1,9 @@
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 
 import pytest
+import uvloop
 
 from petals_chat.protocol.channel import FrameChannel
 from petals_chat.protocol.framing import CorruptStreamError, FrameDecoder, encode_frame
@@ -78,6 +79,21 @@ async def test_who_sends_no_more_can_still_be_told_something() -> None:
         end.channel.close()
         theirs.settimeout(PATIENCE_SECONDS)
         assert await asyncio.to_thread(theirs.recv, 64) == encode_frame(b"goodbye")
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def test_nothing_is_sent_to_who_has_gone(run: Callable[[Coroutine[None, None, None]], None]) -> None:
+    async def send_to_nobody() -> None:
+        end = End()
+        ours, theirs = socket.socketpair()
+        end.channel = await FrameChannel.open(ours, end.frames.put_nowait)
+        theirs.close()
+        await end.wait_for_end()
+        end.channel.close()
+        await asyncio.sleep(0.01)  # the socket is closed in a later turn of the loop
+        end.channel.send(b"too late")
+
+    run(send_to_nobody())
 
 
 async def test_what_is_no_frame_ends_the_channel() -> None:

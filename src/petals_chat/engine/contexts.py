@@ -136,7 +136,7 @@ class Context:
 
     Args:
         owner: whose it is, for a fair queue.
-        spare_tokens: room for more tokens than are asked for, where room is scarce, if so much was ever there.
+        spare_tokens: room for more tokens than are asked for, where room is scarce.
     """
 
     def __init__(self, swarm: Swarm, owner: str, max_length: int, *, spare_tokens: int = 0) -> None:
@@ -192,6 +192,7 @@ class Context:
         rooms = self._swarm.rooms
         while not applicant.cancelled:
             if self._caches is None or self._caches.max_length < len(self.tokens):
+                start = 0
                 await self.drop_caches()
                 hidden = await rooms.admit(
                     self,
@@ -202,14 +203,19 @@ class Context:
                 if hidden is None:
                     return None
             else:
+                start = self._caches.position
                 try:
                     hidden = await self._step(self._caches, applicant)
                 except (AttentionCacheFullError, MaximumLengthExceededError):
                     # A server was lost, and its substitute has no room, or not for so long a session.
                     await self.drop_caches()
                     continue
-            if self.cached_tokens == len(self.tokens):
+            is_complete = self.cached_tokens == len(self.tokens)
+            if is_complete:
                 rooms.settled(self)
+            if self.on_outputs is not None:
+                await self.on_outputs(start, hidden[0])  # which may take long, and others the caches
+            if is_complete:
                 return hidden[0, -1]
         return None
 
@@ -242,8 +248,9 @@ class Context:
             # A power of two: what grows is replayed once for each doubling, not for each request.
             roomy = ROOMY_TOKENS // (1 + self._swarm.rooms.residents // 4)
             size = max(1 << (size - 1).bit_length(), roomy)
-        elif len(self.tokens) + self._spare_tokens <= self._swarm.longest_held:
-            size = max(size, len(self.tokens) + self._spare_tokens)
+        else:
+            roomy, held = len(self.tokens) + self._spare_tokens, self._swarm.longest_held
+            size = max(size, roomy if size > held else min(roomy, held))
         short = self._swarm.modules.short_context
         if short is not None and len(self.tokens) <= short:  # its rotary embedding is the short one's so long
             size = min(size, short)
@@ -291,8 +298,6 @@ class Context:
         counts.tokens_processed += end - start
         counts.tokens_replayed += max(0, min(end, self._tokens_sent) - start)
         self._tokens_sent = max(self._tokens_sent, end)
-        if self.on_outputs is not None:
-            await self.on_outputs(start, outputs[0])
         return outputs
 
 

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import NoReturn, Protocol, TypeVar
 
@@ -38,8 +38,9 @@ RECALL_SECONDS = 5.0
 """Who has not given way for so long probably waits for a server that is silent: another is recalled too."""
 WANTED_ELSEWHERE_SECONDS = 5.0
 """A worker whose contexts wait says so more often than that, and the others hear of it."""
-OTHERS_FIRST_SECONDS = 2 * LOOK_AGAIN_SECONDS
-"""For so long a worker that made room for another one's contexts leaves it to them."""
+OTHERS_FIRST_SECONDS = 3.0
+"""For so long a worker that made room for another one's contexts leaves it to them. It is longer than from one of their
+reports to the next, so that a large context gets the room of several."""
 
 
 class Applicant(Protocol):
@@ -121,14 +122,12 @@ class RoomQueue:
         self._timeout = timeout
         self._idle_timeout = idle_timeout
         self._stays: dict[Resident, _Stay] = {}
-        self._queues: dict[str, deque[_Waiter]] = {}
-        """By owner."""
-        self._last_turns: dict[str, int] = {}
-        """When owners had their last turns, counted in turns; who is not here had none for long."""
-        self._last_turns_of_clients: dict[str, int] = {}
-        self._turns = 0
+        self._queues: OrderedDict[str, OrderedDict[str, deque[_Waiter]]] = OrderedDict()
+        """By client, and by owner; in the order of their next turns, none is empty."""
         self._head: _Waiter | None = None
         """The waiter that tries; it is not in its queue any more."""
+        self._last_turn = ("", "")
+        """The client and the owner whose it is, or was."""
         self._changed = asyncio.Event()
         """Somebody became idle or left, or the head wants no more."""
         self._is_freed = False
@@ -142,7 +141,7 @@ class RoomQueue:
     @property
     def waiting(self) -> int:
         """Contexts that wait for room."""
-        return sum(map(len, self._queues.values())) + (self._head is not None)
+        return sum(len(queue) for _, queue in self._by_owner()) + (self._head is not None)
 
     async def admit(
         self,
@@ -256,7 +255,7 @@ class RoomQueue:
         """
         places = {
             other: newcomers
-            for other, queue in self._queues.items()
+            for other, queue in self._by_owner()
             if (newcomers := [waiter for waiter in queue if not waiter.is_return])
         }
         of_clients: Counter[str] = Counter()
@@ -275,7 +274,8 @@ class RoomQueue:
         self._remove(most, waiter)
 
     def _newcomers(self) -> int:
-        waiters = itertools.chain(*self._queues.values(), () if self._head is None else (self._head,))
+        queues = (queue for _, queue in self._by_owner())
+        waiters = itertools.chain(*queues, () if self._head is None else (self._head,))
         return sum(not waiter.is_return for waiter in waiters)
 
     async def _admit_in_turn(
@@ -332,14 +332,15 @@ class RoomQueue:
         last_resident = _now()
         while not applicant.cancelled:
             if (rest := self._stands_back_until - _now()) > 0:
-                await asyncio.sleep(rest)
+                await self._wait_for_change(rest)
                 continue
             began = _now()
+            self._is_freed = False
             try:
                 result = await attempt(True)
             except AttentionCacheFullError:
                 if _now() < waiter.spares_residents_until:
-                    await asyncio.sleep(LOOK_AGAIN_SECONDS)
+                    await self._wait_for_change(LOOK_AGAIN_SECONDS)
                     if self._queues:
                         raise _NoRoomForNow from None
                     continue
@@ -356,10 +357,8 @@ class RoomQueue:
 
     async def _make_room(self, applicant: Applicant) -> None:
         """Take the caches of one context, or wait until there may be room in another way."""
-        self._is_freed = False
         until = _now() + LOOK_AGAIN_SECONDS
         while not self._is_freed and not applicant.cancelled and (now := _now()) < until:
-            self._changed.clear()
             idle = {resident: stay for resident, stay in self._stays.items() if stay.idle_since is not None}
             if idle:
                 resident, stay = min(idle.items(), key=lambda item: item[1].evictable_at())
@@ -368,9 +367,13 @@ class RoomQueue:
                     return
             self._recall_one()
             times = [time for stay in self._stays.values() if (time := stay.evictable_at()) > now]
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(0.01, min([until, *times]) - now)):
-                    await self._changed.wait()
+            await self._wait_for_change(max(0.01, min([until, *times]) - now))
+
+    async def _wait_for_change(self, seconds: float) -> None:
+        self._changed.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
 
     def _recall_one(self) -> None:
         """Have the busy context whose slice was over first give way, unless one is about to."""
@@ -384,48 +387,53 @@ class RoomQueue:
 
     def _queue_up(self, owner: str, waiter: _Waiter) -> None:
         waiter.turn.clear()
-        self._queues.setdefault(owner, deque()).append(waiter)
+        self._queues.setdefault(client_of(owner), OrderedDict()).setdefault(owner, deque()).append(waiter)
+        self._put_last_turn_last()
         self._advance()
 
     def _advance(self) -> None:
         """Let the next waiter try, if none does, and tell the others their places."""
         if self._head is None and self._queues:
-            owner = self._owners()[0]
-            self._head = self._queues[owner].popleft()
-            if not self._queues[owner]:
-                del self._queues[owner]
-            self._turns += 1
-            self._last_turns[owner] = self._last_turns_of_clients[client_of(owner)] = self._turns
+            client, owners = next(iter(self._queues.items()))
+            owner, queue = next(iter(owners.items()))
+            self._head = queue[0]
+            self._take_out(owner, self._head)
+            self._last_turn = client, owner
+            self._put_last_turn_last()
             self._head.turn.set()
         if self._head is not None:
             for place, waiter in enumerate((self._head, *self._order()), 1):
                 waiter.tell_place(place)
 
-    def _owners(self) -> list[str]:
-        """The owners of those behind the head; whose client's last turn is longest ago comes first, then whose own."""
-
-        def last_turns(owner: str) -> tuple[int, int]:
-            return self._last_turns_of_clients.get(client_of(owner), 0), self._last_turns.get(owner, 0)
-
-        return sorted(self._queues, key=last_turns)
+    def _put_last_turn_last(self) -> None:
+        """Who comes while somebody has a turn has one before that somebody's next."""
+        client, owner = self._last_turn
+        if owners := self._queues.get(client):
+            self._queues.move_to_end(client)
+            if owner in owners:
+                owners.move_to_end(owner)
 
     def _order(self) -> list[_Waiter]:
         """Those behind the head, in the order of their turns."""
-        of_clients: dict[str, list[Iterable[_Waiter]]] = {}
-        for owner in self._owners():
-            of_clients.setdefault(client_of(owner), []).append(self._queues[owner])
-        return list(_in_turns([_in_turns(queues) for queues in of_clients.values()]))
+        return list(_in_turns([_in_turns(owners.values()) for owners in self._queues.values()]))
+
+    def _by_owner(self) -> Iterator[tuple[str, deque[_Waiter]]]:
+        return itertools.chain.from_iterable(owners.items() for owners in self._queues.values())
 
     def _remove(self, owner: str, waiter: _Waiter) -> None:
         if self._head is waiter:
             self._head = None
-            if not self._queues:
-                self._last_turns.clear()
-                self._last_turns_of_clients.clear()
-        elif (queue := self._queues.get(owner)) and waiter in queue:
-            queue.remove(waiter)
-            if not queue:
-                del self._queues[owner]
+        else:
+            self._take_out(owner, waiter)
+
+    def _take_out(self, owner: str, waiter: _Waiter) -> None:
+        owners = self._queues.get(client_of(owner))
+        if owners and waiter in owners.get(owner, ()):
+            owners[owner].remove(waiter)
+            if not owners[owner]:
+                del owners[owner]
+            if not owners:
+                del self._queues[client_of(owner)]
 
 
 def _now() -> float:

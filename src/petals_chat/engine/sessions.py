@@ -285,7 +285,7 @@ class Session:
             texts += [self._model.tokenizer.describe(each) for each in logprobs]
             for index in range(0, len(texts), PROMPT_LOGPROBS_PER_CHUNK):
                 piece = tuple(texts[index : index + PROMPT_LOGPROBS_PER_CHUNK])
-                await consumer.take("", 0, None, usage, prompt_logprobs=piece)
+                await self._hand_over(consumer.take("", 0, None, usage, prompt_logprobs=piece), consumer)
 
         return describe
 

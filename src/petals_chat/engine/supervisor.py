@@ -267,12 +267,10 @@ class _ServedModel:
         async with asyncio.TaskGroup() as tasks:
             if self._host:
                 tasks.create_task(
-                    _keep_running(f"host of {self._model.key}", self._host.run, self._note_error)
+                    keep_running(f"host of {self._model.key}", self._host.run, self._note_error)
                 )
             for worker in self.workers:
-                tasks.create_task(
-                    _keep_running(f"worker of {self._model.key}", worker.run, worker.note_error)
-                )
+                tasks.create_task(keep_running(f"worker of {self._model.key}", worker.run, worker.note_error))
 
     def _note_error(self, error: ErrorReport) -> None:
         for worker in self.workers:
@@ -428,7 +426,7 @@ class _Worker:
         )
 
 
-async def _keep_running(
+async def keep_running(
     what: str, run: Callable[[], Awaitable[None]], note_error: Callable[[ErrorReport], None]
 ) -> NoReturn:
     """Start a process again whenever it has ended, after a pause that doubles with each failure in a row."""
@@ -441,9 +439,9 @@ async def _keep_running(
         except PetalsChatError as error:
             note_error(error.report())
             logger.warning("%s: %s", what, error.message)
-        except OSError:
+        except Exception:
             note_error(InternalError().report())
-            logger.exception("%s cannot be started", what)
+            logger.exception("%s ended with an error", what)
         if loop.time() - began >= STABLE_AFTER_SECONDS:
             pause = FIRST_PAUSE_SECONDS
         logger.info("starting the %s again in %g s", what, pause)

@@ -38,9 +38,13 @@ class FrameChannel(asyncio.Protocol):
         return channel
 
     def send(self, body: bytes) -> None:
-        """Send a frame. Nothing waits here: what may be on its way is bounded by who sends it."""
+        """Send a frame; to nobody, if the channel has ended.
+
+        Nothing waits here: what may be on its way is bounded by who sends it.
+        """
         assert self._transport is not None
-        self._transport.write(encode_frame(body))
+        if not self._transport.is_closing():  # uvloop's raise an error then
+            self._transport.write(encode_frame(body))
 
     async def wait_for_end(self) -> None:
         """Wait until the other side sends no more; what it has to be told still can be.
