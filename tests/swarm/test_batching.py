@@ -43,19 +43,19 @@ class Blocks:
 
     def __init__(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
         from hivemind.utils.tensor_descr import BatchTensorDescriptor
-        from petals.server.memory_cache import MemoryCache
         from petals.utils.auto_config import AutoDistributedConfig
         from petals.utils.convert_block import QuantType, convert_block
 
         from petals_chat.swarm.backend import SwarmBackend, install_backend, load_block
         from petals_chat.swarm.batching import BatchingPool, use_batching_pool
+        from petals_chat.swarm.memory_cache import AttentionCaches
 
         checkpoint = open_checkpoint(str(directory))
         families.register(families.family_of(checkpoint.model_type))
         install_backend(checkpoint, lambda: None)
         self.config: Any = AutoDistributedConfig.from_pretrained(directory)
         self.dtype = dtype
-        self.memory = MemoryCache(1 << 30)
+        self.memory = AttentionCaches(1 << 30)
         schema = (BatchTensorDescriptor(1, 2048, self.config.hidden_size, dtype=dtype),)
         self.backends = {}
         for index in range(checkpoint.num_blocks):
@@ -356,6 +356,28 @@ def test_a_step_that_cannot_be_computed_fails_alone(llama: Blocks, caplog: pytes
     assert [record.getMessage() for record in caplog.records] == ["a step of a session failed"]
 
 
+def test_a_step_has_as_many_rows_as_its_session(llama: Blocks) -> None:
+    """So the memory that a turn takes is bounded by that of the caches."""
+    sessions = [llama.open(room=1) for _ in range(3)]
+    futures = [
+        session.submit(llama.states(1, seed=1, rows=rows))
+        for session, rows in zip(sessions, (1, 500, 1), strict=True)
+    ]
+    llama.turns()
+    with pytest.raises(ValueError, match="a step of 500 rows, in a session with room for 1"):
+        futures[1].result(timeout=0)
+    assert torch.equal(output_of(futures[0]), output_of(futures[2]))
+
+
+@pytest.mark.parametrize("numbers", [[0, 2], [-1, 0], [0], [[0, 1]], [0.0, 1.0]])
+def test_caches_are_not_reordered_by_numbers_that_are_no_rows(llama: Blocks, numbers: list[Any]) -> None:
+    session, token = llama.open(rows=2), llama.states(1, seed=2, rows=2)
+    session.step(llama.states(20, seed=1, rows=2))
+    with pytest.raises(ValueError, match="hypo_ids must be 2 numbers of rows"):
+        session.step(token, hypo_ids=torch.tensor(numbers))
+    session.step(token, hypo_ids=torch.tensor([0, 1]))
+
+
 def test_a_turn_waits_for_a_session_that_is_about_to_come(llama: Blocks) -> None:
     from petals_chat.swarm.batching import _Absence
 
@@ -428,6 +450,7 @@ def test_petals_uses_what_is_put_in_the_place_of_its_own() -> None:
 
     install_batching()
     assert "merge_inference_pools_inplace(blocks)" in inspect.getsource(server.ModuleContainer.create)
+    assert "memory_cache = MemoryCache(" in inspect.getsource(server.ModuleContainer.create)
     steps = inspect.getsource(block_functions.iterate_rpc_inference)
     assert "can_merge_pools = batch_size * length_increment <= merge_max_tokens" in steps
     for name in ("MAX_SHORT_INFERENCE_TOKENS", "MAX_NF4_SHORT_INFERENCE_TOKENS"):

@@ -23,6 +23,7 @@ from petals_chat.swarm import adapters
 from petals_chat.swarm.batching import install_batching
 from petals_chat.swarm.blocks import Batch, KeysValues, Piece
 from petals_chat.swarm.families import head_size, key_value_heads
+from petals_chat.swarm.memory_cache import AttentionCaches
 
 
 def install_backend(
@@ -43,6 +44,7 @@ def install_backend(
 
     petals_server.load_pretrained_block = load_pretrained_block
     petals_server.TransformerBackend = SwarmBackend
+    petals_server.MemoryCache = AttentionCaches
     install_batching(shares_turns=shares_turns)
     # Petals' adapters need the peft of 2023 and import bitsandbytes, with or without adapters.
     sys.modules["petals.utils.peft"] = adapters

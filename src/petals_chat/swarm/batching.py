@@ -191,6 +191,7 @@ class BatchingPool(PrioritizedTaskPool):  # type: ignore[misc]
         self._is_signalled = False
         """Whether hivemind's runtime sees that steps wait; when nobody holds the lock, it is so if they do."""
         self._backends = backends
+        self._memory = first.memory_cache
         self._shares_turns = shares_turns
         self._limits = CPU_LIMITS if self.device.type == "cpu" else GPU_LIMITS
         # In bfloat16 on a CPU (oneDNN 3.12), linear layers give two tokens or more the same bits whatever is beside
@@ -217,8 +218,12 @@ class BatchingPool(PrioritizedTaskPool):  # type: ignore[misc]
 
     def run(self) -> None:
         """The thread that takes in what handlers send."""
-        while (task := self.submitted_tasks.get()) is not None:
-            self.add(task)
+        self._memory.start_reading()
+        try:
+            while (task := self.submitted_tasks.get()) is not None:
+                self.add(task)
+        finally:
+            self._memory.stop_reading()
 
     def add(self, task: Task) -> None:
         """Let a task wait for a turn."""
@@ -316,7 +321,7 @@ class BatchingPool(PrioritizedTaskPool):  # type: ignore[misc]
         """
         began = time.monotonic()
         for step, _ in turn:
-            self._find_caches(step)
+            self._prepare(step)
         self._advance([share for share in turn if share.step.error is None])
         now = time.monotonic()
         self._turn_seconds = now - began
@@ -329,15 +334,21 @@ class BatchingPool(PrioritizedTaskPool):  # type: ignore[misc]
                 self._put_back(step, now)
         return torch.empty(len(turn)), complete
 
-    def _find_caches(self, step: Step) -> None:
-        """The session's caches in each block; they are gone if the session has ended meanwhile."""
-        memory = self._backends[step.infos[0].uid].memory_cache
+    def _prepare(self, step: Step) -> None:
+        """Find the session's caches in each block, and check what the handler has not against them."""
         handles = [handle for info in step.infos for handle in info.cache_handles]
         try:
-            with memory.use_cache(*handles) as tensors:
+            with self._memory.use_cache(*handles) as tensors:
                 step.caches = [KeysValues(*pair) for pair in zip(tensors[0::2], tensors[1::2], strict=True)]
         except KeyError:
             step.error = KeyError("the session has ended")
+            return
+        room = step.caches[0].keys.shape[0]
+        if step.rows != room:  # so a turn has no more tokens than there is memory for in the caches
+            step.error = ValueError(f"a step of {step.rows} rows, in a session with room for {room}")
+        elif not is_dummy(step.hypo_ids) and not _are_rows(step.hypo_ids, room):
+            # On a GPU, indices out of range would break all further computing.
+            step.error = ValueError(f"hypo_ids must be {room} numbers of rows, from 0 up")
 
     def _advance(self, turn: Sequence[Share]) -> None:
         if not turn:
@@ -389,3 +400,10 @@ class BatchingPool(PrioritizedTaskPool):  # type: ignore[misc]
         """Let the rest of a step wait behind those that wait already."""
         step.task = dataclasses.replace(step.task, time_submitted=now)
         self.add(step.task)
+
+
+def _are_rows(numbers: torch.Tensor, count: int) -> bool:
+    """Whether they are one for each of ``count`` rows, and each is that of a row."""
+    if numbers.dtype is not torch.int64 or numbers.shape != (count,):
+        return False
+    return count == 0 or (int(numbers.min()) >= 0 and int(numbers.max()) < count)
