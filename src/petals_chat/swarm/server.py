@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import re
 import threading
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ from petals_chat.swarm.naming import default_dht_prefix
 from petals_chat.swarm.record import SwarmRecord, publish_record
 from petals_chat.swarm.tied import TiedDHT, TiedHandler
 
+logger = logging.getLogger(__name__)
+
 THROUGHPUT_UNMEASURED = 1.0
 """Tokens per second that a host of a private swarm announces; where it differs, block choice differs."""
 UPDATE_PERIOD_SECONDS = 30.0
@@ -50,6 +53,7 @@ BALANCE_CHECK_SECONDS = 60.0
 CHOICE_DELAY_SECONDS = 1.0
 """Mean delay before blocks are chosen, so that hosts which start together see each other's choice."""
 LARGEST_STEP_TOKENS = 8192
+LONGEST_WAIT_FOR_ROOM_SECONDS = 1.0
 P2PD_START_TIMEOUT_SECONDS = 60.0
 RUNTIME_STOP_TIMEOUT_SECONDS = 0.5
 """Petals' runtime waits for ever for a step that a handler has announced but did not live to hand over."""
@@ -99,7 +103,7 @@ class BlockServer:
         gc.collect()
         gc.freeze()
         try:
-            self._server = petals_server.Server(
+            self._server = _Server(
                 converted_model_name_or_path=options.model,
                 revision=options.revision,
                 dht_prefix=options.dht_prefix or default_dht_prefix(checkpoint.model_type, options.model),
@@ -112,6 +116,8 @@ class BlockServer:
                 adapters=options.adapters,
                 attn_cache_tokens=options.cache_tokens,
                 inference_max_length=min(options.max_session_length, options.cache_tokens),
+                # Who waits for room makes the host full for all others.
+                max_alloc_timeout=LONGEST_WAIT_FOR_ROOM_SECONDS,
                 max_batch_size=max(options.max_session_length, LARGEST_STEP_TOKENS),
                 session_timeout=SESSION_TIMEOUT_SECONDS,
                 startup_timeout=P2PD_START_TIMEOUT_SECONDS,
@@ -253,6 +259,18 @@ def block_dtype(options: HostOptions, checkpoint: Checkpoint, device: torch.devi
     """The precision in which blocks are served; those that are quantised compute in it."""
     stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     return resolve_dtype(options.dtype, device, getattr(torch, str(stored), None))
+
+
+class _Server(petals_server.Server):  # type: ignore[misc]
+    """Petals' own, which keeps its blocks when it cannot tell whether others are needed more."""
+
+    def _should_choose_other_blocks(self) -> bool:
+        # It fails where the host's own record is missing: after a minute without network, for example.
+        try:
+            return bool(super()._should_choose_other_blocks())
+        except Exception as error:
+            logger.warning("whether other blocks are needed more is not known: %r", error)
+            return False
 
 
 class _NoReachabilityProtocol:

@@ -62,6 +62,10 @@ class TiedHandler(TransformerConnectionHandler):  # type: ignore[misc]
         _tie_to_parent(is_broken=lambda: False)
         super().run()
 
+    def terminate(self) -> None:
+        """End it the hard way; it ignores the signal that would be sent otherwise."""
+        self.kill()
+
     # hivemind reads from the annotations what it sends and receives.
     async def rpc_inference(
         self, requests: AsyncIterator[runtime_pb2.ExpertRequest], context: P2PContext
