@@ -36,6 +36,7 @@ class NoSwarm:
     """A swarm for a worker that only tokenises."""
 
     status = SwarmStatus()
+    is_connected = True
     counts = Counts()
 
     def __init__(self) -> None:

@@ -168,6 +168,7 @@ class Worker:
                 self._report_status,
                 self._swarm.stay_joined,
                 self._swarm.watch,
+                self._end_without_connection,
                 self._model.swarm.rooms.expire_idle,
             )
         ]
@@ -278,6 +279,14 @@ class Worker:
     async def _check_reachability(self, command: CheckReachability) -> None:
         reachability = await self._swarm.check_reachability(command.peer_id)
         self._send(ReachabilityChecked(command.request_id, reachability))
+
+    async def _end_without_connection(self) -> None:
+        """A new worker can do what this one cannot any more."""
+        while True:
+            await asyncio.sleep(STATUS_PERIOD_SECONDS)
+            if not self._swarm.is_connected:
+                logger.error("the worker ends, since its connection to the swarm has ended")
+                os._exit(1)  # ending in order would wait for what has ended
 
     async def _report_status(self) -> None:
         rooms, counts = self._model.swarm.rooms, self._model.swarm.counts

@@ -14,17 +14,19 @@ import os
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Literal, NoReturn, TypeVar
 
+import torch
+
 from petals_chat.errors import SwarmUnreachableError
 from petals_chat.protocol.messages import Reachability, SwarmStatus
 from petals_chat.swarm import compat
 
 compat.install()
 
-from hivemind import DHT
 from hivemind.dht.node import DHTNode
 from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
 from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
+from hivemind.proto.runtime_pb2 import CompressionType
 from hivemind.utils import MSGPackSerializer
 from hivemind.utils.multiaddr import Multiaddr
 from petals.client.config import ClientConfig
@@ -35,10 +37,13 @@ from petals.server.handler import TransformerConnectionHandler
 
 from petals_chat.swarm.monitor import SwarmMonitor
 from petals_chat.swarm.session import SwarmSession
+from petals_chat.swarm.tied import TiedDHT
 
 Result = TypeVar("Result")
 
 REJOIN_PERIOD_SECONDS = 2.0
+WIRE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""In which servers take hidden states."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +74,8 @@ class SwarmClient:
         public = options.initial_peers == "public"
         peers = tuple(PUBLIC_INITIAL_PEERS) if public else tuple(options.initial_peers)
         try:
-            self._dht = DHT(
+            self._dht = TiedDHT(
+                own_group=False,
                 initial_peers=peers,
                 client_mode=True,
                 num_workers=min(32, options.num_blocks),
@@ -144,6 +150,11 @@ class SwarmClient:
         return SwarmSession(self._routing, max_length, patience)
 
     @property
+    def is_connected(self) -> bool:
+        """Whether the process that talks to the swarm lives; it ends with its p2pd. Without it nothing can be done."""
+        return bool(self._dht.is_alive())
+
+    @property
     def status(self) -> SwarmStatus:
         """The servers of the model's blocks, as they were seen last. Never waits."""
         return self._monitor.status
@@ -198,14 +209,31 @@ class SwarmRouting:
         return spans
 
     async def tensor_schema(self, span: RemoteSpanInfo) -> Any:
-        """How servers want hidden states; the server of ``span`` is asked, for all and for ever, as Petals does."""
+        """How servers want hidden states; the server of ``span`` is asked, for all and for ever, as Petals does.
+
+        A failure is noted, so that the next one who is asked is another.
+        """
         if self._tensor_schema is None:
-            stub = TransformerConnectionHandler.get_stub(self.p2p, span.peer_id)
-            request = runtime_pb2.ExpertUID(uid=self._manager.block_uids[span.start])
-            async with asyncio.timeout(self.connect_timeout):
-                response = await stub.rpc_info(request)
-            self._tensor_schema, _ = MSGPackSerializer.loads(response.serialized_info)["inference_schema"]
+            try:
+                self._tensor_schema = await self._ask_for_schema(span)
+            except Exception:
+                self.note_failure(span)
+                raise
         return self._tensor_schema
+
+    async def _ask_for_schema(self, span: RemoteSpanInfo) -> Any:
+        stub = TransformerConnectionHandler.get_stub(self.p2p, span.peer_id)
+        request = runtime_pb2.ExpertUID(uid=self._manager.block_uids[span.start])
+        async with asyncio.timeout(self.connect_timeout):
+            response = await stub.rpc_info(request)
+        schema, _ = MSGPackSerializer.loads(response.serialized_info)["inference_schema"]
+        hidden_states = schema[0]
+        if (
+            hidden_states.dtype not in WIRE_DTYPES
+            or hidden_states.compression not in CompressionType.values()
+        ):
+            raise ValueError("the server wants hidden states in a form that does not exist")
+        return schema
 
     def request_metadata(self, span: RemoteSpanInfo, uids: str) -> dict[str, Any]:
         """What a server wants to know when a session begins: adapter and points."""
@@ -248,7 +276,7 @@ class SwarmRouting:
         return float(self._manager.get_retry_delay(attempt))
 
 
-async def _greet_peers(_: DHT, node: DHTNode, *, addresses: Sequence[str]) -> int:
+async def _greet_peers(_: TiedDHT, node: DHTNode, *, addresses: Sequence[str]) -> int:
     """Runs in hivemind's DHT process: put those peers that answer into its list; returns how many did."""
 
     async def greet(address: str) -> bool:
