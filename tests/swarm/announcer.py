@@ -26,9 +26,9 @@ def peer_id(number: int) -> str:
     return text.decode()
 
 
-def announcements() -> list[tuple[str, Any]]:
+def announcements() -> list[tuple[Any, Any]]:
     """Peer ids, and what stands in the DHT under them, for each block alike."""
-    servers: list[tuple[str, Any]] = [
+    servers: list[tuple[Any, Any]] = [
         (peer_id(number), (ONLINE, 1.0, {"start_block": 0, "end_block": NUM_BLOCKS}))
         for number in range(HONEST_SERVERS)
     ]
@@ -44,8 +44,10 @@ def announcements() -> list[tuple[str, Any]]:
         (ONLINE, 1.0, {"start_block": 3, "end_block": 1}),
         (ONLINE, 1.0, {"public_name": "x" * 5000 + "\n\x1b[31m", "adapters": ["y" * 500] * 100}),
         (ONLINE, 1.0, {"inference_rps": 1e308, "cache_tokens_left": 10**18, "next_pings": {"z": 1.0}}),
+        (ONLINE, 1.0, {"inference_rps": 0.0}),
     ]
-    return servers + [(peer_id(10_000 + number), lie) for number, lie in enumerate(lies)]
+    no_peer = (5, (ONLINE, 1.0, {"start_block": 0, "end_block": NUM_BLOCKS}))
+    return [*servers, *((peer_id(10_000 + number), lie) for number, lie in enumerate(lies)), no_peer]
 
 
 async def announce(_: Any, node: Any, *, prefix: str) -> None:
@@ -55,11 +57,14 @@ async def announce(_: Any, node: Any, *, prefix: str) -> None:
     expiration = get_dht_time() + 600
     for subkey, value in announcements():
         keys = [f"{prefix}.{block}" for block in range(NUM_BLOCKS)]
-        await node.store_many(keys, [value] * len(keys), expiration, subkeys=[subkey] * len(keys))
+        # At the same time hivemind would have to compare numbers with texts.
+        until = expiration + isinstance(subkey, int)
+        await node.store_many(keys, [value] * len(keys), until, subkeys=[subkey] * len(keys))
     models = {prefix: {"num_blocks": NUM_BLOCKS, "repository": "https://huggingface.co/org/model"}}
-    lies: dict[str, Any] = {"none": None, "huge": {"num_blocks": 10**9}, "text": {"num_blocks": "4"}}
+    lies: dict[Any, Any] = {"none": None, "huge": {"num_blocks": 10**9}, "text": {"num_blocks": "4"}}
+    lies |= dict.fromkeys((5, "a.b", "a b"), models[prefix])
     for name, value in {**models, **lies}.items():
-        await node.store("_petals.models", value, expiration, subkey=name)
+        await node.store("_petals.models", value, expiration + isinstance(name, int), subkey=name)
 
 
 def main() -> None:

@@ -117,3 +117,23 @@ def test_a_logged_exception_is_one_line_without_traceback() -> None:
     except ValueError:
         record.exc_info = sys.exc_info()
     assert compat.CalmFormatter().format(record) == "warning: step failed ValueError: no room"
+
+
+def test_what_strangers_write_is_one_plain_line_of_a_log_and_not_long() -> None:
+    words = "no \x1b]0;title\x07 such\nerror: block" + "k" * 1000
+    record = logging.LogRecord("petals", logging.WARNING, "", 1, "step failed: %s", (words,), None)
+    line = compat.CalmFormatter().format(record)
+    assert line.startswith("warning: step failed: no  ]0;title  such error: block")
+    assert line.isprintable()
+    assert len(line) == compat.MAX_LINE_CHARS
+
+
+def test_what_stops_readers_of_the_dht_is_a_wrong_value() -> None:
+    from hivemind.p2p import PeerID
+    from petals.data_structures import ServerInfo
+
+    with pytest.raises(ValueError, match="a peer id is a text"):
+        PeerID.from_base58(5)
+    with pytest.raises(ValueError, match="clients divide"):
+        ServerInfo.from_tuple((2, 1.0, {"inference_rps": 0.0}))
+    assert ServerInfo.from_tuple((2, 1.0, {"inference_rps": 10.0})).inference_rps == 10.0

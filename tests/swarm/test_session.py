@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
@@ -151,3 +152,29 @@ async def test_the_past_of_a_lost_server_is_sent_as_a_prompt_is(monkeypatch: pyt
     assert {is_held for server, _, is_held in sent if server == "third"} == {True}
     assert place.is_held
     await session.close()
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (b"\x00" + (1 << 60).to_bytes(8, "big") + b"endless", "at most 100 make sense"),
+        (b"\x01" + (1 << 60).to_bytes(8, "big") + b"endless", "at most 100 make sense"),
+        (b"\x07" + (2).to_bytes(8, "big") + b"??", "no message"),
+    ],
+)
+async def test_what_is_no_answer_is_not_read(message: bytes, reason: str) -> None:
+    from hivemind.p2p import P2P
+
+    from petals_chat.swarm.session import _Stream
+
+    assert (P2P.HEADER_LEN, P2P.BYTEORDER, P2P.MESSAGE_MARKER, P2P.ERROR_MARKER) == (
+        8,
+        "big",
+        b"\x00",
+        b"\x01",
+    )
+    reader = asyncio.StreamReader()
+    reader.feed_data(message)
+    async with asyncio.timeout(20):
+        with pytest.raises(ValueError, match=reason):
+            await _Stream(reader, None).receive(100)  # type: ignore[arg-type]

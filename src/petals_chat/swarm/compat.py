@@ -65,6 +65,9 @@ PACKAGE_NAMES = {
 
 LIBRARIES = ("hivemind", "petals", "tensor_parallel")
 
+MAX_LINE_CHARS = 500
+SLOWEST_RPS = 1e-9
+
 _installed = False
 
 
@@ -86,6 +89,7 @@ def install() -> None:
         _restore_get_file_from_repo()
         _replace_cancel_task_if_running()
         _pickle_tensors_by_value()
+        _refuse_records_that_stop_readers()
         importlib.import_module("petals.server.handler")  # common to clients and servers
     _route_logs()
     _installed = True
@@ -119,7 +123,9 @@ class CalmFormatter(logging.Formatter):
         line = f"{record.levelname.lower()}: {record.getMessage()}"
         if record.exc_info and record.exc_info[1]:
             line += " " + traceback.format_exception_only(record.exc_info[1])[-1]
-        return line.strip()
+        # There may be words of strangers in it.
+        line = "".join(character if character.isprintable() else " " for character in line.strip())
+        return line if len(line) <= MAX_LINE_CHARS else line[: MAX_LINE_CHARS - 1] + "…"
 
 
 def _require_petals() -> None:
@@ -198,6 +204,26 @@ def _pickle_tensors_by_value() -> None:
         return _rebuild_tensor, (content, tensor.dtype, tensor.shape, tensor.requires_grad)
 
     ForkingPickler.register(torch.Tensor, reduce_tensor)
+
+
+def _refuse_records_that_stop_readers() -> None:
+    """Anybody can write into the DHT. Petals 2.2.0 skips what raises ValueError, and stops at other errors."""
+    peer_id = importlib.import_module("hivemind.p2p").PeerID
+    server_info = importlib.import_module("petals.data_structures").ServerInfo
+    from_base58, from_tuple = peer_id.from_base58, server_info.from_tuple
+
+    def from_base58_text(text: Any) -> Any:
+        if not isinstance(text, str):
+            raise ValueError("a peer id is a text")
+        return from_base58(text)
+
+    def from_sane_tuple(source: Any) -> Any:
+        info = from_tuple(source)
+        if info.inference_rps is not None and info.inference_rps < SLOWEST_RPS:
+            raise ValueError("inference_rps, by which clients divide, is zero or next to it")
+        return info
+
+    peer_id.from_base58, server_info.from_tuple = from_base58_text, from_sane_tuple
 
 
 def _rebuild_tensor(

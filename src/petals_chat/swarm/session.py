@@ -35,6 +35,7 @@ compat.install()
 
 from hivemind.p2p import P2P, P2PHandlerError, PeerID
 from hivemind.proto import runtime_pb2
+from hivemind.proto.p2pd_pb2 import RPCError
 from hivemind.proto.runtime_pb2 import CompressionType
 from hivemind.utils import MSGPackSerializer
 from petals.client.routing.sequence_manager import MissingBlocksError as PetalsMissingBlocksError
@@ -50,6 +51,9 @@ _step_numbers = itertools.count()
 _Refusal = AttentionCacheFullError | MaximumLengthExceededError
 
 CLOSE_TIMEOUT_SECONDS = 2.0
+MESSAGE_BYTES = 1 << 20
+"""Longest message of a server, besides twice the size of the hidden states that it brings."""
+WIDEST_NUMBER_BYTES = 4
 REPLAY_TOKENS = 512
 """Longest piece of the past sent to a new server as one step."""
 
@@ -283,7 +287,7 @@ class _ServerSession:
                     metadata=MSGPackSerializer.dumps(metadata),
                 )
             )
-            response = await self._stream.receive()
+            response = await self._stream.receive(MESSAGE_BYTES + 2 * inputs.numel() * WIDEST_NUMBER_BYTES)
         outputs = tensors.deserialize(response.tensors[0])
         if outputs.shape != inputs.shape:
             raise ValueError(f"the server answered {tuple(inputs.shape)} with {tuple(outputs.shape)}")
@@ -308,7 +312,7 @@ class _ServerSession:
             async with asyncio.timeout(CLOSE_TIMEOUT_SECONDS):
                 await stream.send(runtime_pb2.ExpertRequest())  # Petals' sign for the end
                 while True:
-                    await stream.receive()
+                    await stream.receive(MESSAGE_BYTES)
         except Exception:  # the server has closed the stream, or is not there any more
             stream.close()
         except BaseException:
@@ -364,17 +368,24 @@ class _Stream:
         self._writer.write(b"".join((P2P.MESSAGE_MARKER, length, body)))
         await self._writer.drain()
 
-    async def receive(self) -> runtime_pb2.ExpertResponse:
+    async def receive(self, max_bytes: int) -> runtime_pb2.ExpertResponse:
         """The next message.
 
         Raises:
             P2PHandlerError: the server reports an error instead.
+            ValueError: it is longer than ``max_bytes``, or no message at all.
             asyncio.IncompleteReadError: the stream has ended.
         """
-        response, error = await P2P.receive_protobuf(runtime_pb2.ExpertResponse, self._reader)
-        if error is not None:
-            raise P2PHandlerError(error.message)
-        return response
+        marker = await self._reader.readexactly(1)
+        length = int.from_bytes(await self._reader.readexactly(P2P.HEADER_LEN), P2P.BYTEORDER)
+        if length > max_bytes:
+            raise ValueError(f"the server answers with {length} bytes, where at most {max_bytes} make sense")
+        body = await self._reader.readexactly(length)
+        if marker == P2P.ERROR_MARKER:
+            raise P2PHandlerError(RPCError.FromString(body).message)
+        if marker != P2P.MESSAGE_MARKER:
+            raise ValueError("the server answers with something that is no message")
+        return runtime_pb2.ExpertResponse.FromString(body)
 
     def close(self) -> None:
         """Close it without waiting for anything."""

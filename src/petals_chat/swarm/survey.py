@@ -16,7 +16,7 @@ compat.install()
 from hivemind import DHT
 from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
 from hivemind.p2p import P2P
-from petals.data_structures import ModelInfo
+from petals.data_structures import UID_DELIMITER, ModelInfo
 
 from petals_chat.swarm.monitor import MAX_TEXT_CHARS, SwarmMonitor
 from petals_chat.swarm.state import HUB_URL, SwarmState, model_report, swarm_state
@@ -87,17 +87,24 @@ def _find_models(dht: DHT) -> Iterator[SurveyedModel]:
     record = dht.get(MODELS_RECORD, latest=True)
     if record is None or not isinstance(record.value, dict):
         return
-    for prefix, entry in sorted(record.value.items())[:MAX_MODELS]:
+    prefixes = [prefix for prefix in record.value if isinstance(prefix, str) and _is_prefix(prefix)]
+    for prefix in sorted(prefixes)[:MAX_MODELS]:
+        entry = record.value[prefix]
         try:
             info = ModelInfo.from_dict(entry.value)
         except (TypeError, ValueError):  # anybody can write into the record
             continue
-        if isinstance(prefix, str) and info.num_blocks <= MAX_BLOCKS:
+        if info.num_blocks <= MAX_BLOCKS:
             hub_name = (info.repository or "").removeprefix(HUB_URL)
             is_on_hub = hub_name != (info.repository or "")
             yield SurveyedModel(
                 prefix[:MAX_TEXT_CHARS], info.num_blocks, hub_name[:MAX_TEXT_CHARS] if is_on_hub else None
             )
+
+
+def _is_prefix(text: str) -> bool:
+    """Whether names of blocks can begin with it; they go on with a delimiter and a number."""
+    return UID_DELIMITER not in text and not any(map(str.isspace, text))
 
 
 def _state(models: Sequence[SurveyedModel], swarms: Sequence[SwarmStatus]) -> SwarmState:
