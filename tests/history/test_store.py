@@ -21,7 +21,7 @@ from petals_chat.errors import (
 from petals_chat.history import store as store_module
 from petals_chat.history.exchange import from_json, to_json
 from petals_chat.history.history import History
-from petals_chat.history.interface import AnswerState, Message, shown_branch
+from petals_chat.history.interface import AnswerState, Chat, Message, shown_branch
 from petals_chat.history.store import ChatStore
 from petals_chat.settings import HistorySettings
 
@@ -53,6 +53,13 @@ def answer_to(parent: str) -> Message:
         state=AnswerState.ANSWERING,
         generation="g",
     )
+
+
+def imported_chat(title: str, content: str) -> tuple[Chat, list[Message]]:
+    now = time.time()
+    message = Message(id=new_id(), parent=None, role="user", content=content, created_at=now)
+    values: dict[str, Any] = {"model": None, "pinned": False, "settings": {}, "current": None, "shared": None}
+    return Chat(id=new_id(), title=title, created_at=now, updated_at=now, **values), [message]
 
 
 async def contents(store: ChatStore, chat: str) -> list[str]:
@@ -215,11 +222,26 @@ async def test_an_exported_chat_is_imported_with_new_ids(history: History) -> No
     chat = await new_chat(store)
     await say(store, chat, "more", await say(store, chat, "Hello"))
     file = to_json(*await store.read_chat(ANNE, chat)).replace(b"Hello", rb"Hel\u0000lo")
-    (imported,) = from_json(file, max_chats=1, max_messages=9)
+    (imported,) = from_json(file, max_chats=1, max_chat_messages=9, max_messages=9)
     (copy,) = await store.import_chats(BOB, [imported])
     found, messages = await store.read_chat(BOB, copy.id)
     assert found == copy
     assert [message.content for message in shown_branch(found.current, messages)] == ["Hel\ufffdlo", "more"]
+
+
+async def test_an_import_adds_all_chats_that_there_is_room_for_or_none_if_they_are_too_many(
+    tmp_path: Path,
+) -> None:
+    room, too_much = 1024 * 1024, 2 * 1024 * 1024
+    settings = HistorySettings(max_chats=2, max_file_bytes=room, max_chat_chars=2 * too_much)
+    async with History(settings, tmp_path) as history:
+        small, large = imported_chat("small", "x"), imported_chat("large", "x" * too_much)
+        with pytest.raises(HistoryFullError, match="2 chats"):
+            await history.store.import_chats(ANNE, [small, small, small])
+        assert (await history.store.list_chats(ANNE, limit=9))[0] == []
+        with pytest.raises(HistoryFullError, match="no room"):
+            await history.store.import_chats(ANNE, [small, large])
+        assert [chat.title for chat in (await history.store.list_chats(ANNE, limit=9))[0]] == ["small"]
 
 
 async def test_many_writers_at_once_lose_nothing(history: History) -> None:

@@ -238,13 +238,16 @@ class ChatStore:
     async def import_chats(self, visitor: str, imported: Sequence[tuple[Chat, list[Message]]]) -> list[Chat]:
         """Add chats with their messages, whose ids must be new.
 
+        Each is added by itself, so that other writers need not wait for long: those before an error stay.
+
         Raises:
-            HistoryFullError: there are too many, or one is too large.
+            HistoryFullError: there are too many, or one is too large (then none is added); or there is no more room.
         """
-        async with self._database.writing() as connection:
-            await self._check_number_of_chats(connection, visitor, len(imported))
-            for chat, its_messages in imported:
-                self._check_sizes(len(its_messages), sum(len(message.content) for message in its_messages))
+        for _, its_messages in imported:
+            self._check_sizes(len(its_messages), sum(len(message.content) for message in its_messages))
+        for number, (chat, its_messages) in enumerate(imported):
+            async with self._database.writing() as connection:
+                await self._check_number_of_chats(connection, visitor, len(imported) - number)
                 columns = msgspec.structs.asdict(chat)
                 del columns["shared"]
                 added = await connection.execute(insert(chats).values(visitor=visitor, **columns))
