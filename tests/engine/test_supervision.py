@@ -131,6 +131,30 @@ async def test_a_session_goes_on_identically_when_a_killed_host_is_back(engine: 
     await session.close()
 
 
+async def test_a_worker_that_is_lost_long_after_its_host_was_is_being_loaded(engine: ProcessEngine) -> None:
+    expected = await generate(engine)
+    host = leader("host")
+    family = [host, *host.children(recursive=True)]
+    host.kill()
+    await wait_for_end(family)
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        while True:
+            with contextlib.suppress(MissingBlocksError, SwarmUnreachableError):
+                assert await generate(engine) == expected
+                break
+            await asyncio.sleep(0.5)
+    worker = leader("engine.worker")
+    family = [worker, *worker.children(recursive=True)]
+    worker.kill()
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        while engine.statuses[KEY].worker is not None:
+            await asyncio.sleep(0.01)
+    with pytest.raises(ModelLoadingError):
+        await engine.open_session(KEY, 64)
+    await wait_for_end(family)
+    await wait_for_state(engine, ModelState.READY)
+
+
 async def test_a_worker_that_is_killed_while_its_host_starts_comes_back(tmp_path: Path) -> None:
     _others.update(children())
     try:
