@@ -19,6 +19,7 @@ from petals_chat.errors import (
     UnknownShareError,
 )
 from petals_chat.history import store as store_module
+from petals_chat.history.database import Database
 from petals_chat.history.exchange import from_json, to_json
 from petals_chat.history.history import History
 from petals_chat.history.interface import AnswerState, Chat, Message, shown_branch
@@ -215,6 +216,44 @@ async def test_expiry_runs_when_the_history_opens(url: str, tmp_path: Path) -> N
             while len((await history.store.list_chats(ANNE, limit=9))[0]) == 2:
                 await asyncio.sleep(0.02)
         assert [found.id for found in (await history.store.list_chats(ANNE, limit=9))[0]] == [kept]
+
+
+async def test_expiry_goes_on_after_a_time_when_the_disk_was_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "EXPIRY_PERIOD_SECONDS", 0.0)
+    goes_on, attempts = asyncio.Event(), []
+
+    async def delete_older_than(store: ChatStore, updated_at: float) -> None:
+        attempts.append(updated_at)
+        if len(attempts) == 1:
+            raise HistoryFullError("the server has no room for more chats")
+        goes_on.set()
+
+    monkeypatch.setattr(ChatStore, "delete_older_than", delete_older_than)
+    async with History(HistorySettings(expire_days=6), tmp_path), asyncio.timeout(20):
+        await goes_on.wait()
+
+
+async def test_the_database_is_closed_even_if_expiry_ended_with_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_closed = asyncio.Event()
+    close = Database.close
+
+    async def delete_older_than(store: ChatStore, updated_at: float) -> None:
+        raise ZeroDivisionError
+
+    async def note_and_close(database: Database) -> None:
+        is_closed.set()
+        await close(database)
+
+    monkeypatch.setattr(ChatStore, "delete_older_than", delete_older_than)
+    monkeypatch.setattr(Database, "close", note_and_close)
+    with pytest.raises(ZeroDivisionError):
+        async with History(HistorySettings(expire_days=6), tmp_path):
+            await asyncio.sleep(0.05)
+    assert is_closed.is_set()
 
 
 async def test_an_exported_chat_is_imported_with_new_ids(history: History) -> None:

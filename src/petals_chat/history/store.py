@@ -33,8 +33,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from petals_chat.errors import (
     HistoryConflictError,
     HistoryFullError,
-    HistoryUnavailableError,
     InvalidParameterError,
+    PetalsChatError,
     UnknownChatError,
     UnknownMessageError,
     UnknownShareError,
@@ -308,7 +308,7 @@ class ChatStore:
         """Delete chats in which nothing was written for ``expire_days``, now and from time to time."""
         while True:
             if self._settings.expire_days is not None:
-                with suppress(HistoryUnavailableError):  # it is logged; the next time will do
+                with suppress(PetalsChatError):  # it is logged; the next time will do
                     await self.delete_older_than(time.time() - self._settings.expire_days * SECONDS_PER_DAY)
             await asyncio.sleep(EXPIRY_PERIOD_SECONDS)
 
