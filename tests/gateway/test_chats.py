@@ -197,7 +197,9 @@ async def test_pinned_chats_come_first_then_the_newest_page_by_page(visitor: Vis
         if cursor is None:
             break
     assert titles == expected
-    assert (await visitor.get("chats", params={"cursor": "x"}, expect=400))["code"] == "invalid_parameter"
+    for wrong in ("x", f"1_1.0_{'9' * 30}", "1_1.0_-1"):
+        error = await visitor.get("chats", params={"cursor": wrong}, expect=400)
+        assert error["code"] == "invalid_parameter"
 
 
 async def test_titles_and_messages_are_searched_in_any_script(visitor: Visitor) -> None:

@@ -458,6 +458,13 @@ def _cursor(row: Row[Any]) -> str:
 def _read_cursor(cursor: str) -> tuple[bool, float, int]:
     try:
         pinned, updated_at, pk = cursor.split("_")
-        return pinned == "1", float(updated_at), int(pk)
+        values = pinned == "1", float(updated_at), int(pk)
     except ValueError:
-        raise InvalidParameterError("cursor", "it must be the next of an earlier reply") from None
+        raise _wrong_cursor() from None
+    if not 0 <= values[2] < 2**63:  # what a database can compare
+        raise _wrong_cursor()
+    return values
+
+
+def _wrong_cursor() -> InvalidParameterError:
+    return InvalidParameterError("cursor", "it must be the next of an earlier reply")
