@@ -86,7 +86,7 @@ class WebSocketV2:
         try:
             self._connections.take()
         except TooManyRequestsError as error:
-            await connection.close_with(error)
+            await connection.refuse(error)
             return
         try:
             await connection.run()
@@ -133,18 +133,29 @@ class _Connection:
         except* Exception as unexpected:
             await self.close_with(unexpected.exceptions[0])
         finally:
-            for limit in (self._idle_limit, self._send_limit, self._request_limit):
-                limit.close()
+            self._close_limits()
             await self._start_last_answer()
             if self._session is not None:
                 await self._session.close()
 
+    async def refuse(self, error: Exception) -> None:
+        """Do nothing for the connection but tell the error."""
+        try:
+            await self.close_with(error)
+        finally:
+            self._close_limits()
+
     async def close_with(self, error: Exception) -> None:
         """Send the error as the last frame, if the client is still there, and close the socket."""
         frame, close_code, reason = self._errors.websocket(error)
-        with suppress(_ConnectionEnded, WebSocketDisconnect, RuntimeError):
+        with suppress(_ConnectionEnded, TimeoutError, WebSocketDisconnect, RuntimeError):
             await self._send(frame)
-            await self._websocket.close(close_code, reason)
+            with self._send_limit:
+                await self._websocket.close(close_code, reason)
+
+    def _close_limits(self) -> None:
+        for limit in (self._idle_limit, self._send_limit, self._request_limit):
+            limit.close()
 
     async def _read_frames(self) -> NoReturn:
         while True:
