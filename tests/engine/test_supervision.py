@@ -142,6 +142,30 @@ async def test_a_worker_that_loses_its_connection_to_the_swarm_is_replaced(engin
     assert await generate(engine) == expected
 
 
+async def test_a_worker_that_is_lost_long_after_its_host_was_is_being_loaded(engine: ProcessEngine) -> None:
+    expected = await generate(engine)
+    host = leader("host")
+    family = [host, *host.children(recursive=True)]
+    host.kill()
+    await wait_for_end(family)
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        while True:
+            with contextlib.suppress(MissingBlocksError, SwarmUnreachableError):
+                assert await generate(engine) == expected
+                break
+            await asyncio.sleep(0.5)
+    worker = leader("engine.worker")
+    family = [worker, *worker.children(recursive=True)]
+    worker.kill()
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        while engine.statuses[KEY].worker is not None:
+            await asyncio.sleep(0.01)
+    with pytest.raises(ModelLoadingError):
+        await engine.open_session(KEY, 64)
+    await wait_for_end(family)
+    await wait_for_state(engine, ModelState.READY)
+
+
 async def test_a_worker_that_is_killed_while_its_host_starts_comes_back(tmp_path: Path) -> None:
     others = set(psutil.Process().children())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from websockets.exceptions import ConnectionClosed
 from petals_chat.errors import MissingBlocksError, ModelLoadingError
 from petals_chat.gateway import answers
 from petals_chat.gateway.visitors import COOKIE
-from petals_chat.protocol.messages import ChatPrompt
+from petals_chat.protocol.messages import ChatPrompt, GenerationRequest
 from petals_chat.settings import ApiSettings
 from tests.fakes import END, FakeEngine
 from tests.gateway.gateways import Gateway, running_gateway, settings_with, until
@@ -237,6 +238,34 @@ async def test_an_answer_is_forgotten_some_time_after_its_end() -> None:
         await asyncio.sleep(0.4)
         attach = {"type": "attach", "generation": generation}
         assert (await ask(client, attach))["code"] == "unknown_generation"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_an_answer_that_has_ended_is_kept_without_its_request(gateway: Gateway, *, fails: bool) -> None:
+    gateway.engine.tokens = [END]
+    gateway.engine.generate_error = MissingBlocksError([1]) if fails else None
+    asked = "in this request alone"
+    async with gateway.connect() as client:
+        generation = await start(client, messages=[{"role": "user", "content": asked}])
+        end = await receive(client)
+        await until(lambda: not gateway.engine.sessions)
+        gateway.engine.requests.clear()
+        gateway.engine.generate_error = None
+        gc.collect()
+        requests = [each for each in gc.get_objects() if isinstance(each, GenerationRequest)]
+        assert [request for request in requests if asked in repr(request.inputs)] == []
+    async with gateway.connect() as client:
+        assert await ask(client, {"type": "attach", "generation": generation}) == end
+
+
+async def test_the_traceback_of_an_answer_that_broke_off_is_told_in_debug_mode() -> None:
+    async with running_gateway(settings_with(server={"debug_tracebacks": True})) as gateway:
+        gateway.engine.generate_error = MissingBlocksError([1])
+        async with gateway.connect() as client:
+            await start(client)
+            traceback = (await receive(client))["traceback"]
+    assert "in _next_token" in traceback
+    assert traceback.splitlines()[-1].startswith("MissingBlocksError: No servers holding blocks [1]")
 
 
 async def test_too_many_ended_answers_are_forgotten_before_that(

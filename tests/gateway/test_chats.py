@@ -6,6 +6,8 @@ import asyncio
 import json
 import sqlite3
 import stat
+import threading
+import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from petals_chat.gateway import chats
 from petals_chat.gateway.visitors import COOKIE, MAX_AGE_SECONDS
 from petals_chat.history import recorder
 from petals_chat.settings import EngineSettings, HistorySettings
@@ -194,7 +197,9 @@ async def test_pinned_chats_come_first_then_the_newest_page_by_page(visitor: Vis
         if cursor is None:
             break
     assert titles == expected
-    assert (await visitor.get("chats", params={"cursor": "x"}, expect=400))["code"] == "invalid_parameter"
+    for wrong in ("x", f"1_1.0_{'9' * 30}", "1_1.0_-1"):
+        error = await visitor.get("chats", params={"cursor": wrong}, expect=400)
+        assert error["code"] == "invalid_parameter"
 
 
 async def test_titles_and_messages_are_searched_in_any_script(visitor: Visitor) -> None:
@@ -591,6 +596,36 @@ async def test_another_file_is_not_imported(visitor: Visitor, file: str) -> None
     error = await visitor.call("POST", "chats/import", content=file, expect=400)
     assert error["code"] == "invalid_parameter"
     assert await visitor.titles() == []
+
+
+async def test_a_file_with_too_many_messages_in_all_is_not_imported(
+    visitor: Visitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chats, "MAX_IMPORT_MESSAGES", 1000)
+    messages = [{"id": str(number), "role": "user", "content": ""} for number in range(501)]
+    file = {**GOOD, "chats": [{"title": "Cats", "messages": messages}] * 2}
+    error = await visitor.post("chats/import", file, expect=400)
+    assert "messages: a file may have 1000 of them, and this one has 1002" in error["traceback"]
+    assert await visitor.titles() == []
+
+
+async def test_files_are_read_one_after_the_other_and_not_in_the_event_loop(
+    visitor: Visitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, is_alone, threads = threading.Lock(), [], []
+    from_json = chats.from_json
+
+    def read(*arguments: Any, **options: Any) -> Any:
+        is_alone.append(reading.acquire(blocking=False))
+        threads.append(threading.current_thread())
+        time.sleep(0.05)
+        reading.release()
+        return from_json(*arguments, **options)
+
+    monkeypatch.setattr(chats, "from_json", read)
+    await asyncio.gather(*(visitor.post("chats/import", GOOD) for _ in range(3)))
+    assert is_alone == [True] * 3
+    assert threading.current_thread() not in threads
 
 
 @pytest.mark.parametrize(

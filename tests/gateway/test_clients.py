@@ -125,6 +125,19 @@ def test_clients_who_use_nothing_are_forgotten_first(monkeypatch: pytest.MonkeyP
         assert clients.of("2") is not second
 
 
+def test_who_comes_when_all_others_are_busy_has_the_place_of_the_oldest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(clients_module, "MAX_REMEMBERED_CLIENTS", 2)
+    clients = Clients(ApiSettings(requests_per_minute=5), [])
+    first, second = clients.of("1"), clients.of("2")
+    with first.generation(), second.generation():
+        third = clients.of("3")
+        assert clients.of("3") is third
+        assert clients.of("2") is second
+        assert clients.of("1") is not first
+
+
 def test_all_visitors_of_one_address_are_one_client() -> None:
     clients = Clients(ApiSettings(requests_per_minute=1), [])
     assert clients.of("192.0.2.1") is clients.of("192.0.2.1\nvisitor")

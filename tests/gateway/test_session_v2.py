@@ -14,6 +14,7 @@ from petals_chat.errors import AttentionCacheFullError, PetalsChatError, Unknown
 from petals_chat.gateway.answer_log import End, Failed, Piece, QueuePlace
 from petals_chat.gateway.models import ModelRegistry
 from petals_chat.gateway.session_v2 import (
+    REMEMBERED_FRAME_CHARS,
     Action,
     Fail,
     FollowAnswer,
@@ -232,6 +233,17 @@ def test_an_error_of_the_engine_drops_what_waits() -> None:
     protocol.receive_text(json.dumps(SINGLE))
     assert error_of(protocol.failed(AttentionCacheFullError())).code == "attention_cache_full"
     assert protocol.receive_text(json.dumps(SINGLE)) == []
+
+
+def test_only_short_frames_are_remembered_for_clients_that_send_them_again() -> None:
+    for length, is_remembered in ((100, True), (REMEMBERED_FRAME_CHARS, False)):
+        protocol = opened()
+        frame = json.dumps({**SINGLE, "inputs": "A" * length})
+        first = request_of(protocol.receive_text(frame))
+        protocol.chunk_generated(Chunk("", 0, FinishReason.LENGTH))
+        again = request_of(protocol.receive_text(frame))
+        assert again == first
+        assert (again is first) == is_remembered
 
 
 def test_no_more_requests_wait_than_the_limit_allows() -> None:

@@ -8,12 +8,19 @@ import socket
 from typing import Any
 
 import pytest
+from starlette.websockets import WebSocket
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
 from petals_chat.errors import MissingBlocksError, WorkerLostError
+from petals_chat.gateway import websocket_v2
+from petals_chat.gateway.answers import Answers
+from petals_chat.gateway.error_responses import ErrorResponses
+from petals_chat.gateway.models import ModelRegistry
+from petals_chat.settings import LimitSettings
+from petals_chat.wait_limit import WaitLimit
 from tests.fakes import END, FakeEngine
-from tests.gateway.gateways import Gateway, running_gateway, settings_with, until
+from tests.gateway.gateways import MODEL, Gateway, running_gateway, settings_with, until
 
 OPEN = {"type": "open_inference_session", "model": "org/model", "max_length": 1024}
 TOKEN_BY_TOKEN = {"type": "generate", "inputs": "A cat", "max_new_tokens": 1, "stop_sequence": "###"}
@@ -282,6 +289,59 @@ async def test_connections_over_the_limit_are_told_and_closed() -> None:
                 assert await close_code(second) == 1013
         await until(lambda: not gateway.engine.sessions)
         await assert_served(gateway)
+
+
+async def test_connections_that_are_refused_leave_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    running: set[WaitLimit] = set()
+
+    class NotedLimit(WaitLimit):
+        def __enter__(self) -> None:
+            running.add(self)
+            super().__enter__()
+
+        def close(self) -> None:
+            running.discard(self)
+            super().close()
+
+    monkeypatch.setattr(websocket_v2, "WaitLimit", NotedLimit)
+    async with (
+        running_gateway(settings_with(limits={"max_connections": 1})) as gateway,
+        gateway.connect() as first,
+    ):
+        assert await ask(first, OPEN) == {"ok": True}
+        of_first = set(running)
+        async with gateway.connect() as second:
+            assert (await receive(second))["code"] == "too_many_requests"
+        await until(lambda: running == of_first)
+    assert running == set()
+
+
+async def test_a_client_that_does_not_take_the_end_of_its_connection_is_not_waited_for_for_ever() -> None:
+    frames = [{"type": "websocket.connect"}, {"type": "websocket.receive", "text": "{"}]
+    sent: list[str] = []
+
+    async def receive_frame() -> Any:
+        return frames.pop(0) if frames else await asyncio.Event().wait()
+
+    async def send_frame(message: Any) -> None:
+        sent.append(message["type"])
+        if message["type"] == "websocket.close":
+            await asyncio.Event().wait()
+
+    limits = LimitSettings(connection_idle_timeout_seconds=0.1)
+    engine = FakeEngine(MODEL.key)
+    endpoint = websocket_v2.WebSocketV2(
+        ModelRegistry((MODEL,)),
+        engine,
+        Answers(engine, limits),
+        None,
+        ErrorResponses(debug=False),
+        limits,
+    )
+    scope = {"type": "websocket", "headers": [], "client": ("192.0.2.1", 1), "scheme": "ws", "path": "/"}
+    async with asyncio.timeout(20):
+        await endpoint.generate(WebSocket(scope, receive_frame, send_frame))
+    assert sent == ["websocket.accept", "websocket.send", "websocket.close"]
 
 
 async def test_sessions_over_the_limit_are_refused_until_one_is_closed() -> None:

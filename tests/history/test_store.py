@@ -19,9 +19,10 @@ from petals_chat.errors import (
     UnknownShareError,
 )
 from petals_chat.history import store as store_module
+from petals_chat.history.database import Database
 from petals_chat.history.exchange import from_json, to_json
 from petals_chat.history.history import History
-from petals_chat.history.interface import AnswerState, Message, shown_branch
+from petals_chat.history.interface import AnswerState, Chat, Message, shown_branch
 from petals_chat.history.store import ChatStore
 from petals_chat.settings import HistorySettings
 
@@ -53,6 +54,13 @@ def answer_to(parent: str) -> Message:
         state=AnswerState.ANSWERING,
         generation="g",
     )
+
+
+def imported_chat(title: str, content: str) -> tuple[Chat, list[Message]]:
+    now = time.time()
+    message = Message(id=new_id(), parent=None, role="user", content=content, created_at=now)
+    values: dict[str, Any] = {"model": None, "pinned": False, "settings": {}, "current": None, "shared": None}
+    return Chat(id=new_id(), title=title, created_at=now, updated_at=now, **values), [message]
 
 
 async def contents(store: ChatStore, chat: str) -> list[str]:
@@ -210,16 +218,69 @@ async def test_expiry_runs_when_the_history_opens(url: str, tmp_path: Path) -> N
         assert [found.id for found in (await history.store.list_chats(ANNE, limit=9))[0]] == [kept]
 
 
+async def test_expiry_goes_on_after_a_time_when_the_disk_was_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "EXPIRY_PERIOD_SECONDS", 0.0)
+    goes_on, attempts = asyncio.Event(), []
+
+    async def delete_older_than(store: ChatStore, updated_at: float) -> None:
+        attempts.append(updated_at)
+        if len(attempts) == 1:
+            raise HistoryFullError("the server has no room for more chats")
+        goes_on.set()
+
+    monkeypatch.setattr(ChatStore, "delete_older_than", delete_older_than)
+    async with History(HistorySettings(expire_days=6), tmp_path), asyncio.timeout(20):
+        await goes_on.wait()
+
+
+async def test_the_database_is_closed_even_if_expiry_ended_with_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_closed = asyncio.Event()
+    close = Database.close
+
+    async def delete_older_than(store: ChatStore, updated_at: float) -> None:
+        raise ZeroDivisionError
+
+    async def note_and_close(database: Database) -> None:
+        is_closed.set()
+        await close(database)
+
+    monkeypatch.setattr(ChatStore, "delete_older_than", delete_older_than)
+    monkeypatch.setattr(Database, "close", note_and_close)
+    with pytest.raises(ZeroDivisionError):
+        async with History(HistorySettings(expire_days=6), tmp_path):
+            await asyncio.sleep(0.05)
+    assert is_closed.is_set()
+
+
 async def test_an_exported_chat_is_imported_with_new_ids(history: History) -> None:
     store = history.store
     chat = await new_chat(store)
     await say(store, chat, "more", await say(store, chat, "Hello"))
     file = to_json(*await store.read_chat(ANNE, chat)).replace(b"Hello", rb"Hel\u0000lo")
-    (imported,) = from_json(file, max_chats=1, max_messages=9)
+    (imported,) = from_json(file, max_chats=1, max_chat_messages=9, max_messages=9)
     (copy,) = await store.import_chats(BOB, [imported])
     found, messages = await store.read_chat(BOB, copy.id)
     assert found == copy
     assert [message.content for message in shown_branch(found.current, messages)] == ["Hel\ufffdlo", "more"]
+
+
+async def test_an_import_adds_all_chats_that_there_is_room_for_or_none_if_they_are_too_many(
+    tmp_path: Path,
+) -> None:
+    room, too_much = 1024 * 1024, 2 * 1024 * 1024
+    settings = HistorySettings(max_chats=2, max_file_bytes=room, max_chat_chars=2 * too_much)
+    async with History(settings, tmp_path) as history:
+        small, large = imported_chat("small", "x"), imported_chat("large", "x" * too_much)
+        with pytest.raises(HistoryFullError, match="2 chats"):
+            await history.store.import_chats(ANNE, [small, small, small])
+        assert (await history.store.list_chats(ANNE, limit=9))[0] == []
+        with pytest.raises(HistoryFullError, match="no room"):
+            await history.store.import_chats(ANNE, [small, large])
+        assert [chat.title for chat in (await history.store.list_chats(ANNE, limit=9))[0]] == ["small"]
 
 
 async def test_many_writers_at_once_lose_nothing(history: History) -> None:

@@ -358,6 +358,7 @@ class _Worker:
             logger.info("%s is ready", self._model.key)
             self.settled.set()
             await ended
+            self.error = None  # that of a host which was lost meanwhile is not why the worker ended
             logger.warning("the worker of %s ended", self._model.key)
         except TimeoutError:
             raise EngineError(

@@ -24,6 +24,7 @@ from petals_chat.errors import (
     PetalsChatError,
     TooManyRequestsError,
     UnknownGenerationError,
+    error_from_report,
 )
 from petals_chat.gateway.admission import Slots
 from petals_chat.gateway.answer_log import AnswerLog, Followed, Loading
@@ -43,7 +44,10 @@ MAX_KEPT = 1024
 class Generation:
     """One answer: in the making, or made. It satisfies `petals_chat.history.interface.RunningAnswer`.
 
+    It is kept for a while after its end, and so has nothing of the request, which may be large, but what is read then.
+
     Args:
+        request: what `work` is given; here it only tells what the answer is like.
         visitor: who alone may follow it; None = whoever knows its id.
     """
 
@@ -52,12 +56,14 @@ class Generation:
     ) -> None:
         self.id = secrets.token_urlsafe(32)
         self.model = model
-        self.request = request
         self.owner = owner
         self.visitor = visitor
         self.recording: Recording | None = None
         self.begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when it is written down that it runs, or with the reason why it does not."""
+        inputs = request.inputs
+        self.continues = isinstance(inputs, ChatPrompt) and inputs.continue_final_message
+        """It goes on from the text of its message."""
         self._log = AnswerLog(request.stop_sequences, continues=self.continues)
         self._changed = asyncio.Event()
         self._ended = asyncio.Event()
@@ -70,12 +76,6 @@ class Generation:
     def model_key(self) -> str:
         """Which model writes it."""
         return self.model.key
-
-    @property
-    def continues(self) -> bool:
-        """It goes on from the text of its message."""
-        inputs = self.request.inputs
-        return isinstance(inputs, ChatPrompt) and inputs.continue_final_message
 
     @property
     def text(self) -> str:
@@ -140,12 +140,13 @@ class Generation:
         """Return when it changes no more."""
         await self._ended.wait()
 
-    async def work(self, engine: Engine, timeout_seconds: float) -> None:
+    async def work(self, engine: Engine, request: GenerationRequest, timeout_seconds: float) -> None:
         """Make it; returns when it has ended, in whichever way, and the engine's session is closed."""
-        self._work = asyncio.create_task(self._generate(engine, timeout_seconds))
+        self._work = asyncio.create_task(self._generate(engine, request, timeout_seconds))
         await asyncio.wait((self._work,))
         if not self._work.cancelled() and (error := self._work.exception()) is not None:
             self._fail(error)
+        self._work = None  # it has its error, whose frames have the request
 
     def stop(self) -> None:
         """End it with what it has. It may have ended already."""
@@ -162,11 +163,11 @@ class Generation:
             if self._work is not None:
                 self._work.cancel()
 
-    async def _generate(self, engine: Engine, timeout_seconds: float) -> None:
+    async def _generate(self, engine: Engine, request: GenerationRequest, timeout_seconds: float) -> None:
         async with deadline(timeout_seconds):
             session = await self._open_session(engine)
             try:
-                async with aclosing(session.generate(self.request)) as chunks:
+                async with aclosing(session.generate(request)) as chunks:
                     async for chunk in chunks:
                         self._add(chunk)
             finally:
@@ -196,7 +197,8 @@ class Generation:
         if not isinstance(error, PetalsChatError):
             logger.error("unexpected error in an answer", exc_info=error)
             error = InternalError()
-        self._log.fail(error)
+        # The same error, with the text of its traceback in place of the frames, which have the request.
+        self._log.fail(error_from_report(error.report()))
         self._note_change()
 
     def _note_change(self) -> None:
@@ -252,7 +254,7 @@ class Answers:
         self._of_owner[owner] += 1
         generation = Generation(model, request, owner, visitor)
         generation.recording = recording
-        task = asyncio.create_task(self._run(generation))
+        task = asyncio.create_task(self._run(generation, request))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         # The client may go away while it is being noted in the history that the answer runs. It runs all the same.
@@ -294,7 +296,7 @@ class Answers:
         self._generations.clear()
         self._kept.clear()
 
-    async def _run(self, generation: Generation) -> None:
+    async def _run(self, generation: Generation, request: GenerationRequest) -> None:
         recording = generation.recording
         self._generations[generation.id] = generation
         try:
@@ -309,7 +311,7 @@ class Answers:
         generation.begun.set_result(None)
         writing = None if recording is None else asyncio.create_task(recording.write(generation))
         if generation.state is AnswerState.ANSWERING:
-            await generation.work(self._engine, self._limits.request_timeout_seconds)
+            await generation.work(self._engine, request, self._limits.request_timeout_seconds)
         self._free(generation)
         self._keep(generation)
         if writing is not None:

@@ -5,6 +5,7 @@ A visitor is known by a cookie (`petals_chat.gateway.visitors`). Whatever is ano
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -29,13 +30,15 @@ from petals_chat.gateway.parameters import Id, Text
 from petals_chat.gateway.request_body import read_body
 from petals_chat.gateway.visitors import VisitorCookie, visitor_of
 from petals_chat.history.exchange import from_json, to_json, to_markdown
-from petals_chat.history.interface import MAX_NAME_CHARS, MAX_TITLE_CHARS, Chat
+from petals_chat.history.interface import MAX_NAME_CHARS, MAX_TITLE_CHARS, Chat, Message
 from petals_chat.settings import HistorySettings, LimitSettings
 
 if TYPE_CHECKING:  # it brings the database's libraries, which a gateway without history does not need
     from petals_chat.history.store import ChatStore
 
 MAX_IMPORT_BYTES = 16 * 1024 * 1024
+MAX_IMPORT_MESSAGES = 10_000
+"""Messages in one file, those of all its chats together; one chat may always have what the settings allow."""
 DEFAULT_PAGE = 50
 MAX_PAGE = 200
 MAX_QUERY_CHARS = 200
@@ -125,6 +128,7 @@ class Chats:
         self._answers = answers
         self._settings = settings
         self._limits = limits
+        self._importing = asyncio.Lock()
 
     def router(self) -> APIRouter:
         """The routes, with their documentation."""
@@ -240,14 +244,15 @@ class Chats:
         return Response(body, media_type=kind, headers={**_HEADERS, **_download(chat.title, suffix)})
 
     async def import_chats(self, request: Request) -> Response:
-        """Add the chats of a file that was exported as JSON, under new ids."""
+        """Add the chats of a file that was exported as JSON, under new ids.
+
+        Nothing is added of a file that is refused. If the server's room ends in the middle, the chats before that stay.
+        """
         cookie = _writer_with_cookie(request)
         body = await self._body(request, MAX_IMPORT_BYTES)
-        file = from_json(
-            body, max_chats=self._settings.max_chats, max_messages=self._settings.max_chat_messages
-        )
-        imported = [(_with_valid_settings(chat), messages) for chat, messages in file]
-        response = _json({"chats": await self._store.import_chats(cookie.visitor, imported)})
+        async with self._importing:  # a large file takes a second of a processor, and much memory
+            imported = await asyncio.to_thread(self._read_file, body)
+            response = _json({"chats": await self._store.import_chats(cookie.visitor, imported)})
         cookie.set_on(response)
         return response
 
@@ -268,6 +273,16 @@ class Chats:
     def _store(self) -> ChatStore:
         assert self._chats is not None
         return self._chats
+
+    def _read_file(self, body: bytes) -> list[tuple[Chat, list[Message]]]:
+        max_messages = self._settings.max_chat_messages
+        file = from_json(
+            body,
+            max_chats=self._settings.max_chats,
+            max_chat_messages=max_messages,
+            max_messages=max(MAX_IMPORT_MESSAGES, max_messages),
+        )
+        return [(_with_valid_settings(chat), messages) for chat, messages in file]
 
     def _stop(self, generations: Iterable[str]) -> None:
         for generation in generations:

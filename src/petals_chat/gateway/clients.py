@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping
 from contextlib import aclosing, contextmanager
+from itertools import islice
 
 import msgspec
 
@@ -35,6 +36,8 @@ from petals_chat.protocol.messages import GenerationRequest
 from petals_chat.settings import ApiKeySettings, ApiSettings
 
 MAX_REMEMBERED_CLIENTS = 10_000
+MAX_LOOKED_AT = 100
+"""Clients looked at to find one that can be forgotten."""
 RETRY_AT_ONCE_SECONDS = 1.0
 """When to try again if generations of one's own have to end first: nobody knows how long they take."""
 
@@ -210,9 +213,9 @@ class Clients:
         owner = client_of(owner)
         client = self._clients.get(owner)
         if client is None:
-            client = self._clients[owner] = Client(self._limits(owner), self._clock)
-            if len(self._clients) > MAX_REMEMBERED_CLIENTS:
+            if len(self._clients) >= MAX_REMEMBERED_CLIENTS:
                 self._forget_one()
+            client = self._clients[owner] = Client(self._limits(owner), self._clock)
         self._clients.move_to_end(owner)
         return client
 
@@ -231,8 +234,9 @@ class Clients:
         )
 
     def _forget_one(self) -> None:
-        """The one that has been idle for longest; else the oldest one, which then begins anew."""
-        idle = (owner for owner, client in self._clients.items() if client.is_idle)
+        """Of the oldest ones the first that is idle; else the oldest one, which then begins anew."""
+        oldest = islice(self._clients.items(), MAX_LOOKED_AT)
+        idle = (owner for owner, client in oldest if client.is_idle)
         del self._clients[next(idle, next(iter(self._clients)))]
 
 

@@ -42,6 +42,8 @@ from petals_chat.history.interface import Record
 from petals_chat.protocol.messages import FinishReason, GenerationRequest
 from petals_chat.settings import LimitSettings, ModelSettings
 
+REMEMBERED_FRAME_CHARS = 4096
+"""Frames up to this length are remembered, so that connections that wait hold little."""
 _MAX_SHOWN_CHARS = 60
 
 
@@ -158,7 +160,7 @@ class SessionV2:
         self._opening: OpenSession | None = None
         self._wants_queue_places = False
         self._last_generate: tuple[str, StartGeneration] | None = None
-        """The last such frame and what it says: clients that go on token by token send the same one each time."""
+        """The last short one and what it says: clients that go on token by token send the same one each time."""
         self._pending: deque[_Request | Fail] = deque()
         self._running: _Request | None = None
         self._last_words = False
@@ -176,7 +178,7 @@ class SessionV2:
             request = self._parse(frame)
             if isinstance(request, StopAnswer):
                 return [request]
-            if isinstance(request, StartGeneration):
+            if isinstance(request, StartGeneration) and len(frame) <= REMEMBERED_FRAME_CHARS:
                 self._last_generate = (frame, request)
             return self._enqueue(request)
         except PetalsChatError as error:

@@ -4,7 +4,8 @@ Two tasks serve a connection. One reads, all the time, so that a client that goe
 middle of a generation. The other performs the protocol's actions, one after the other; each send waits until
 the socket takes the frame, so a client that reads slowly slows its generation down, and nothing is buffered
 beyond the engine's small window. (Answers go on whoever reads them; `petals_chat.gateway.answers` keeps what they
-come to.) What may be sent, and when, is `petals_chat.gateway.session_v2`'s affair.
+come to.) While both wait they hold nothing of what was asked before, which may be large. What may be sent, and when,
+is `petals_chat.gateway.session_v2`'s affair.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable
 from contextlib import aclosing, suppress
 from typing import NoReturn
 
+from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from petals_chat.engine.interface import Engine, EngineSession
@@ -84,7 +86,7 @@ class WebSocketV2:
         try:
             self._connections.take()
         except TooManyRequestsError as error:
-            await connection.close_with(error)
+            await connection.refuse(error)
             return
         try:
             await connection.run()
@@ -131,43 +133,59 @@ class _Connection:
         except* Exception as unexpected:
             await self.close_with(unexpected.exceptions[0])
         finally:
-            for limit in (self._idle_limit, self._send_limit, self._request_limit):
-                limit.close()
+            self._close_limits()
             await self._start_last_answer()
             if self._session is not None:
                 await self._session.close()
 
+    async def refuse(self, error: Exception) -> None:
+        """Do nothing for the connection but tell the error."""
+        try:
+            await self.close_with(error)
+        finally:
+            self._close_limits()
+
     async def close_with(self, error: Exception) -> None:
         """Send the error as the last frame, if the client is still there, and close the socket."""
         frame, close_code, reason = self._errors.websocket(error)
-        with suppress(_ConnectionEnded, WebSocketDisconnect, RuntimeError):
+        with suppress(_ConnectionEnded, TimeoutError, WebSocketDisconnect, RuntimeError):
             await self._send(frame)
-            await self._websocket.close(close_code, reason)
+            with self._send_limit:
+                await self._websocket.close(close_code, reason)
+
+    def _close_limits(self) -> None:
+        for limit in (self._idle_limit, self._send_limit, self._request_limit):
+            limit.close()
 
     async def _read_frames(self) -> NoReturn:
         while True:
-            message = await self._websocket.receive()
-            if message["type"] == "websocket.disconnect":
-                raise _ConnectionEnded
-            text = message.get("text")
-            self._put(self._protocol.receive_bytes() if text is None else self._protocol.receive_text(text))
+            self._receive(await self._websocket.receive())
+
+    def _receive(self, message: Message) -> None:
+        if message["type"] == "websocket.disconnect":
+            raise _ConnectionEnded
+        text = message.get("text")
+        self._put(self._protocol.receive_bytes() if text is None else self._protocol.receive_text(text))
 
     async def _perform_actions(self) -> NoReturn:
         while True:
-            match await self._next_action():
-                case SendFrame(text):
-                    await self._send(text)
-                case OpenSession(model_key, max_length):
-                    await self._open(model_key, max_length)
-                case StartGeneration(request):
-                    await self._generate(request)
-                case StartAnswer() as start:
-                    await self._start_answer(start)
-                case FollowAnswer(generation, position):
-                    await self._attach(generation, position)
-                case Fail(error):
-                    await self.close_with(error)
-                    raise _ConnectionEnded
+            await self._perform(await self._next_action())
+
+    async def _perform(self, action: Action) -> None:
+        match action:
+            case SendFrame(text):
+                await self._send(text)
+            case OpenSession(model_key, max_length):
+                await self._open(model_key, max_length)
+            case StartGeneration(request):
+                await self._generate(request)
+            case StartAnswer():
+                await self._start_answer(action)
+            case FollowAnswer(generation, position):
+                await self._attach(generation, position)
+            case Fail(error):
+                await self.close_with(error)
+                raise _ConnectionEnded
 
     def _put(self, actions: Iterable[Action]) -> None:
         for action in actions:

@@ -80,8 +80,14 @@ def to_json(chat: Chat, messages: Sequence[Message]) -> bytes:
     return msgspec.json.format(file, indent=2)
 
 
-def from_json(file: bytes, *, max_chats: int, max_messages: int) -> list[tuple[Chat, list[Message]]]:
+def from_json(
+    file: bytes, *, max_chats: int, max_chat_messages: int, max_messages: int
+) -> list[tuple[Chat, list[Message]]]:
     """The chats in a file, under new ids, as the newest ones.
+
+    Args:
+        max_chat_messages: how many one chat may have.
+        max_messages: how many all chats together may have.
 
     Raises:
         InvalidParameterError: the file is none of ours, or has too much.
@@ -92,7 +98,12 @@ def from_json(file: bytes, *, max_chats: int, max_messages: int) -> list[tuple[C
         raise InvalidParameterError("body", f"it is no exported chat: {error}") from None
     if len(exported.chats) > max_chats:
         raise InvalidParameterError("chats", f"there may be {max_chats} of them")
-    return [_imported(chat, max_messages) for chat in exported.chats]
+    count = sum(len(chat.messages) for chat in exported.chats)
+    if count > max_messages:
+        raise InvalidParameterError(
+            "messages", f"a file may have {max_messages} of them, and this one has {count}"
+        )
+    return [_imported(chat, max_chat_messages) for chat in exported.chats]
 
 
 def to_markdown(chat: Chat, messages: Sequence[Message]) -> str:

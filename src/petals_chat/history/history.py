@@ -49,6 +49,8 @@ class History:
     async def __aexit__(self, *reason: object) -> None:
         assert self._expiring is not None
         self._expiring.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._expiring
-        await self._database.close()
+        try:
+            with suppress(asyncio.CancelledError):
+                await self._expiring
+        finally:
+            await self._database.close()

@@ -33,8 +33,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from petals_chat.errors import (
     HistoryConflictError,
     HistoryFullError,
-    HistoryUnavailableError,
     InvalidParameterError,
+    PetalsChatError,
     UnknownChatError,
     UnknownMessageError,
     UnknownShareError,
@@ -238,13 +238,16 @@ class ChatStore:
     async def import_chats(self, visitor: str, imported: Sequence[tuple[Chat, list[Message]]]) -> list[Chat]:
         """Add chats with their messages, whose ids must be new.
 
+        Each is added by itself, so that other writers need not wait for long: those before an error stay.
+
         Raises:
-            HistoryFullError: there are too many, or one is too large.
+            HistoryFullError: there are too many, or one is too large (then none is added); or there is no more room.
         """
-        async with self._database.writing() as connection:
-            await self._check_number_of_chats(connection, visitor, len(imported))
-            for chat, its_messages in imported:
-                self._check_sizes(len(its_messages), sum(len(message.content) for message in its_messages))
+        for _, its_messages in imported:
+            self._check_sizes(len(its_messages), sum(len(message.content) for message in its_messages))
+        for number, (chat, its_messages) in enumerate(imported):
+            async with self._database.writing() as connection:
+                await self._check_number_of_chats(connection, visitor, len(imported) - number)
                 columns = msgspec.structs.asdict(chat)
                 del columns["shared"]
                 added = await connection.execute(insert(chats).values(visitor=visitor, **columns))
@@ -305,7 +308,7 @@ class ChatStore:
         """Delete chats in which nothing was written for ``expire_days``, now and from time to time."""
         while True:
             if self._settings.expire_days is not None:
-                with suppress(HistoryUnavailableError):  # it is logged; the next time will do
+                with suppress(PetalsChatError):  # it is logged; the next time will do
                     await self.delete_older_than(time.time() - self._settings.expire_days * SECONDS_PER_DAY)
             await asyncio.sleep(EXPIRY_PERIOD_SECONDS)
 
@@ -455,6 +458,13 @@ def _cursor(row: Row[Any]) -> str:
 def _read_cursor(cursor: str) -> tuple[bool, float, int]:
     try:
         pinned, updated_at, pk = cursor.split("_")
-        return pinned == "1", float(updated_at), int(pk)
+        values = pinned == "1", float(updated_at), int(pk)
     except ValueError:
-        raise InvalidParameterError("cursor", "it must be the next of an earlier reply") from None
+        raise _wrong_cursor() from None
+    if not 0 <= values[2] < 2**63:  # what a database can compare
+        raise _wrong_cursor()
+    return values
+
+
+def _wrong_cursor() -> InvalidParameterError:
+    return InvalidParameterError("cursor", "it must be the next of an earlier reply")

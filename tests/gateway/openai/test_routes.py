@@ -14,8 +14,8 @@ import pytest
 from petals_chat.engine.interface import ModelStatus
 from petals_chat.errors import MissingBlocksError, TooManyRequestsError, WorkerLostError
 from petals_chat.gateway.openai import event_stream
-from petals_chat.protocol.messages import ChatMessage, ChatPrompt, ToolStyle
-from tests.fakes import END, ready
+from petals_chat.protocol.messages import ChatMessage, ChatPrompt, EncodedText, ToolStyle
+from tests.fakes import END, FakeTokenizer, ready
 from tests.gateway.gateways import Gateway, running_gateway, settings_with, until
 
 HELLO: dict[str, Any] = {"model": "org/model", "messages": [{"role": "user", "content": "Hello there"}]}
@@ -402,6 +402,41 @@ async def test_calls_of_functions_are_told_from_text(gateway: Gateway) -> None:
         if each["type"] == "response.output_item.done"
     ]
     assert streamed_items == [(0, "message"), (1, "function_call")]
+
+
+async def test_texts_of_tokens_are_made_for_those_alone_who_ask(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = []
+
+    class Text(bytes):
+        def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+            decoded.append(bytes(self))
+            return super().decode(encoding, errors)
+
+    async def encode(*_: object, **__: object) -> EncodedText:
+        return EncodedText((97,), (Text(b"a"),))
+
+    monkeypatch.setattr(FakeTokenizer, "encode", encode)
+    assert (await post(gateway, "/tokenize", prompt="a"))["token_strs"] is None
+    assert decoded == []
+    assert (await post(gateway, "/tokenize", prompt="a", return_token_strs=True))["token_strs"] == ["a"]
+    assert decoded == [b"a"]
+
+
+@pytest.mark.parametrize("path", [CHAT, RESPONSES, "/tokenize"])
+async def test_tools_with_numbers_that_cannot_be_sent_to_a_worker_are_refused(
+    gateway: Gateway, path: str
+) -> None:
+    gateway.engine.statuses["org/model"] = calling()
+    function = {"name": "f", "parameters": {"properties": {"a": {"maximum": 10**23}}}}
+    if path == RESPONSES:
+        body = {"model": "org/model", "input": "Hello", "tools": [{"type": "function", **function}]}
+    else:
+        body = {**HELLO, "tools": [{"type": "function", "function": function}]}
+    response = await gateway.http.post(path, json=body)
+    assert response.status_code == 400
+    assert "tools: their whole numbers must be from -2**63 to 2**64 - 1" in response.text
 
 
 def calling() -> ModelStatus:

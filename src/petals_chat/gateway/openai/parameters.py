@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import msgspec
@@ -341,7 +341,7 @@ class ChatParameters(CommonParameters, frozen=True, kw_only=True):
                 raise InvalidParameterError("tool_choice", f"there is no function {choice.function.name!r}")
         return Tools(
             tool_style,
-            tuple(msgspec.to_builtins(tool) for tool in tools),
+            definitions_of(tools),
             is_forced=choice not in (None, "auto"),
             only_one=self.parallel_tool_calls is False,
         )
@@ -470,6 +470,20 @@ def parse(
         return msgspec.convert(complete(values), kind, str_keys=True)
     except msgspec.ValidationError as error:
         raise _explain(error) from None
+
+
+def definitions_of(tools: Iterable[FunctionTool]) -> tuple[dict[str, Any], ...]:
+    """The tools in the form that chat templates take.
+
+    Raises:
+        InvalidParameterError: one has a whole number that cannot be sent to a worker.
+    """
+    definitions = tuple(msgspec.to_builtins(tool) for tool in tools)
+    try:
+        msgspec.msgpack.encode(definitions)
+    except OverflowError:
+        raise InvalidParameterError("tools", "their whole numbers must be from -2**63 to 2**64 - 1") from None
+    return definitions
 
 
 def _refuse_unsupported(values: Mapping[str, Any], unsupported: Mapping[str, Callable[[Any], bool]]) -> None:

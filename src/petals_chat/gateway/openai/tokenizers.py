@@ -17,6 +17,7 @@ from petals_chat.gateway.openai.parameters import (
     FunctionTool,
     Message,
     TokenId,
+    definitions_of,
     parse,
 )
 from petals_chat.protocol.messages import ChatPrompt
@@ -57,7 +58,7 @@ class TokenizeParameters(msgspec.Struct, frozen=True, kw_only=True):
             message.check(f"messages[{index}]")
         return ChatPrompt(
             tuple(message.as_chat_message() for message in messages),
-            tools=tuple(msgspec.to_builtins(tool) for tool in self.tools or ()),
+            tools=definitions_of(self.tools or ()),
         )
 
 
@@ -95,12 +96,14 @@ class Tokenizers:
         encoded = await self._engine.tokenizer(model.key).encode(
             parameters.inputs(), add_special_tokens=parameters.add_special_tokens is not False
         )
-        texts = [text.decode(errors="replace") for text in encoded.texts]
+        texts = None
+        if parameters.return_token_strs:
+            texts = [text.decode(errors="replace") for text in encoded.texts]
         return {
             "count": len(encoded.tokens),
             "max_model_len": self._session_limit(model),
             "tokens": encoded.tokens,
-            "token_strs": texts if parameters.return_token_strs else None,
+            "token_strs": texts,
         }
 
     async def detokenize(self, request: Request, body: bytes) -> dict[str, Any]:
