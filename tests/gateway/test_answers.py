@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
@@ -302,6 +303,23 @@ async def test_the_limit_of_one_client_is_not_that_of_another() -> None:
         for headers in (*COOKIES, {}):
             async with gateway.connect(additional_headers=headers) as client:
                 await start(client)
+
+
+async def test_an_address_cannot_have_all_answers_whoever_it_pretends_to_be() -> None:
+    limits = {"max_answers": 4, "max_answers_of_client": 1}
+    async with running_gateway(settings_with(limits=limits)) as gateway, AsyncExitStack() as connections:
+        for headers in COOKIES:
+            client = await connections.enter_async_context(gateway.connect(additional_headers=headers))
+            generation = await start(client)
+        async with gateway.connect() as other:
+            error = await ask(other, ANSWER)
+        assert error["code"] == "too_many_requests"
+        assert "2 answers to your address" in error["traceback"]
+        await send(client, {"type": "stop", "generation": generation})
+        await receive_rest(client)
+        await until(lambda: len(gateway.engine.sessions) == 1)
+        async with gateway.connect() as other:
+            await start(other)
 
 
 async def test_an_answer_past_its_deadline_breaks_off() -> None:

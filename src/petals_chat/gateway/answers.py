@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from petals_chat.engine.interface import Chunk, Engine, EngineSession
+from petals_chat.engine.interface import Chunk, Engine, EngineSession, client_of
 from petals_chat.errors import (
     EngineError,
     InternalError,
@@ -219,6 +219,9 @@ class Answers:
         self._limits = limits
         self._slots = Slots(limits.max_answers, "answers in the making")
         self._of_owner: Counter[str] = Counter()
+        self._of_client: Counter[str] = Counter()
+        # An address can have as many visitors as it likes, and shall not have all answers.
+        self._max_of_client = max(limits.max_answers_of_client, limits.max_answers // 2)
         self._generations: dict[str, Generation] = {}
         self._kept: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -250,8 +253,14 @@ class Answers:
             raise TooManyRequestsError(
                 f"{self._of_owner[owner]} answers to you are being written already; wait for one, or stop one"
             )
+        client = client_of(owner)
+        if self._of_client[client] >= self._max_of_client:
+            raise TooManyRequestsError(
+                f"{self._max_of_client} answers to your address are being written already; wait for one"
+            )
         self._slots.take()
         self._of_owner[owner] += 1
+        self._of_client[client] += 1
         generation = Generation(model, request, owner, visitor)
         generation.recording = recording
         task = asyncio.create_task(self._run(generation, request))
@@ -319,9 +328,13 @@ class Answers:
 
     def _free(self, generation: Generation) -> None:
         self._slots.free()
-        self._of_owner[generation.owner] -= 1
-        if not self._of_owner[generation.owner]:
-            del self._of_owner[generation.owner]
+        for counter, whose in (
+            (self._of_owner, generation.owner),
+            (self._of_client, client_of(generation.owner)),
+        ):
+            counter[whose] -= 1
+            if not counter[whose]:
+                del counter[whose]
 
     def _keep(self, generation: Generation) -> None:
         if len(self._kept) >= MAX_KEPT:

@@ -124,7 +124,7 @@ class LimitSettings(Section):
     request_timeout_seconds: Seconds = 1800
     """A single generation is ended with an error after this time."""
     max_answers: Annotated[int, Field(ge=1)] = 256
-    """Answers written at once that outlive their connection, all models together."""
+    """Answers written at once that outlive their connection, all models together. An address may have half of them."""
     max_answers_of_client: Annotated[int, Field(ge=1)] = 8
     """Those of one visitor, or of one address if it has no cookie."""
     answer_retention_seconds: Seconds = 300
