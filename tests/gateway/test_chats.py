@@ -20,6 +20,7 @@ import pytest
 from petals_chat.gateway import chats
 from petals_chat.gateway.visitors import COOKIE, MAX_AGE_SECONDS
 from petals_chat.history import recorder
+from petals_chat.history.exchange import from_json
 from petals_chat.settings import EngineSettings, HistorySettings
 from tests.fakes import END, FakeEngine
 from tests.gateway.gateways import Gateway, running_gateway, settings_with, until
@@ -613,7 +614,6 @@ async def test_files_are_read_one_after_the_other_and_not_in_the_event_loop(
     visitor: Visitor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reading, is_alone, threads = threading.Lock(), [], []
-    from_json = chats.from_json
 
     def read(*arguments: Any, **options: Any) -> Any:
         is_alone.append(reading.acquire(blocking=False))
