@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import pytest
@@ -13,6 +14,7 @@ import pytest_asyncio
 
 from petals_chat.engine import supervisor
 from petals_chat.engine.interface import ModelState
+from petals_chat.engine.processes import ChildProcess
 from petals_chat.engine.supervisor import ProcessEngine
 from petals_chat.errors import (
     ErrorReport,
@@ -198,6 +200,26 @@ async def test_what_ends_with_any_error_is_started_again(monkeypatch: pytest.Mon
         await is_started_again.wait()
     running.cancel()
     assert [error.code for error in errors] == ["internal_error"]
+
+
+async def test_processes_that_cannot_be_spawned_leave_no_descriptors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE_SECONDS", 0.0)
+    modules: list[str] = []
+
+    async def start(module: str, *arguments: str, pass_fds: Sequence[int] = ()) -> NoReturn:
+        modules.append(module)
+        raise BlockingIOError
+
+    monkeypatch.setattr(ChildProcess, "start", start)
+    before = psutil.Process().num_fds()
+    async with ProcessEngine(engine_settings(tmp_path)), asyncio.timeout(TIMEOUT_SECONDS):
+        while min(map(modules.count, (supervisor.HOST_MODULE, supervisor.WORKER_MODULE))) < 50:
+            await asyncio.sleep(0.01)
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        while psutil.Process().num_fds() >= before + 50:
+            await asyncio.sleep(0.01)
 
 
 async def test_a_model_that_cannot_be_started_says_why_and_others_go_on(tmp_path: Path) -> None:

@@ -341,11 +341,15 @@ class _Worker:
     async def run(self) -> None:
         """Start the process and attend to it until it ends. Raises if it could not serve."""
         ours, theirs = socket.socketpair()
-        connection = await WorkerConnection.open(self._model.key, ours, self._receive_status)
         with theirs:
-            process = await ChildProcess.start(
-                WORKER_MODULE, str(theirs.fileno()), pass_fds=[theirs.fileno()]
-            )
+            connection = await WorkerConnection.open(self._model.key, ours, self._receive_status)
+            try:
+                process = await ChildProcess.start(
+                    WORKER_MODULE, str(theirs.fileno()), pass_fds=[theirs.fileno()]
+                )
+            except BaseException:
+                connection.close()
+                raise
         attending = asyncio.create_task(connection.run())
         ended = asyncio.create_task(process.wait())
         # A forked daemon of a killed worker may keep its end of the socket open: the process's end counts.
@@ -517,6 +521,9 @@ class _PrivateHost:
         read_fd, write_fd = os.pipe()
         try:
             process = await ChildProcess.start(HOST_MODULE, *self._arguments(write_fd), pass_fds=[write_fd])
+        except BaseException:
+            os.close(read_fd)
+            raise
         finally:
             os.close(write_fd)
         try:
