@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any, AsyncIterator, NoReturn  # noqa: UP035 - hivemind knows typing's only
 
+import psutil
 from hivemind.dht import DHT
 from hivemind.p2p import P2PContext
 from hivemind.proto import runtime_pb2
@@ -36,6 +37,7 @@ class TiedDHT(DHT):  # type: ignore[misc]
 
     def __init__(self, *args: Any, own_group: bool, **kwargs: Any) -> None:
         self._own_group = own_group
+        self._p2pd: list[psutil.Process] = []
         super().__init__(*args, **kwargs)
 
     def run(self) -> None:
@@ -46,7 +48,11 @@ class TiedDHT(DHT):  # type: ignore[misc]
         super().run()
 
     def _has_lost_p2pd(self) -> bool:
-        return hasattr(self, "_node") and not descendants()
+        if not hasattr(self, "_node"):
+            return False
+        if not self._p2pd:  # looking at all processes of the machine costs milliseconds
+            self._p2pd = descendants()
+        return not any(process.is_running() for process in self._p2pd)
 
 
 class TiedHandler(TransformerConnectionHandler):  # type: ignore[misc]
