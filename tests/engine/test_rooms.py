@@ -40,6 +40,7 @@ class Tenant:
         self.needs = needs
         self.owner = owner or name
         self.places_told: list[int] = []
+        self.attempts = 0
         self.cancelled = False
         self.on_cancel: Callable[[], None] | None = None
         self._places = places
@@ -67,6 +68,7 @@ class Tenant:
         await self.leave()
 
     async def _attempt(self, is_scarce: bool) -> bool:
+        self.attempts += 1
         await asyncio.sleep(0)
         if self._places.free < self.needs:
             raise AttentionCacheFullError
@@ -194,7 +196,7 @@ async def test_room_is_made_for_others_than_those_of_this_queue(
         await tenant.enter()
         queue.settled(tenant)
     queue.idle(idle)
-    await asyncio.sleep(rooms.IDLE_GRACE_SECONDS)
+    await asyncio.sleep(2 * rooms.IDLE_GRACE_SECONDS)
     await queue.make_room_elsewhere(recalls=True)
     assert places.log == ["a", "b", "-b"]
     assert not queue.gives_way(busy)
@@ -243,6 +245,66 @@ async def test_a_large_context_gets_the_room_of_several_of_another_worker(
     await asyncio.wait(streaming)
 
 
+async def test_two_workers_whose_contexts_wait_do_not_both_leave_the_room_to_the_other(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rooms, "OTHERS_FIRST_SECONDS", 3600.0)
+    queues = [RoomQueue(max_waiting=4, timeout=20, idle_timeout=60) for _ in range(2)]
+    idle = [Tenant(name, places, queue=queue) for name, queue in zip("ab", queues, strict=True)]
+    for tenant, queue in zip(idle, queues, strict=True):
+        await tenant.enter()
+        queue.settled(tenant)
+    answers = asyncio.Event()
+
+    async def attempt(is_scarce: bool) -> bool:
+        if not places.free:
+            if is_scarce:
+                await answers.wait()
+            raise AttentionCacheFullError
+        places.free -= 1
+        return True
+
+    waiting = [Tenant(name, places, queue=queue) for name, queue in zip("cd", queues, strict=True)]
+    entering = [
+        asyncio.create_task(queue.admit(tenant, attempt, tenant))
+        for tenant, queue in zip(waiting, queues, strict=True)
+    ]
+    for tenant, queue in zip(idle, queues, strict=True):
+        queue.idle(tenant)
+    await asyncio.sleep(2 * rooms.IDLE_GRACE_SECONDS)
+    while not all(task.done() for task in entering):
+        for queue, other in zip(queues, reversed(queues), strict=True):
+            if other.waiting or not answers.is_set():
+                await queue.make_room_elsewhere(recalls=False)
+        answers.set()
+        await asyncio.sleep(0.01)
+    await asyncio.gather(*entering)
+
+
+async def test_who_spares_residents_tries_again_when_there_is_room_and_not_for_their_pauses(
+    places: Places, queue: RoomQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rooms, "PATIENCE_SECONDS", 0.05)
+    places.free = 1
+    large, small = Tenant("large", places, needs=2), Tenant("small", places)
+    entering = [asyncio.create_task(large.enter())]
+    await waiting_for(queue, 1)
+    entering.append(asyncio.create_task(small.enter()))
+    await entering[1]
+    monkeypatch.setattr(rooms, "LOOK_AGAIN_SECONDS", 60.0)
+    await asyncio.sleep(0.1)  # it waits for the last time as short as that
+    attempts = large.attempts
+    for _ in range(20):
+        queue.busy(small)
+        queue.idle(small)
+        await asyncio.sleep(0)
+    assert large.attempts <= attempts + 1
+    places.free = 1
+    queue.busy(small)
+    await small.leave()
+    await entering[0]
+
+
 async def test_room_that_comes_free_while_somebody_is_refused_is_seen(
     places: Places, queue: RoomQueue
 ) -> None:
@@ -251,7 +313,7 @@ async def test_room_that_comes_free_while_somebody_is_refused_is_seen(
         await tenant.enter()
         queue.settled(tenant)
     queue.idle(stays)
-    await asyncio.sleep(rooms.IDLE_GRACE_SECONDS)
+    await asyncio.sleep(2 * rooms.IDLE_GRACE_SECONDS)
 
     async def attempt(is_scarce: bool) -> bool:
         if places.free:

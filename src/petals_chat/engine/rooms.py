@@ -200,11 +200,14 @@ class RoomQueue:
         return stay.recalled_at is not None
 
     async def make_room_elsewhere(self, *, recalls: bool) -> None:
-        """Another worker's contexts wait: give back what is idle.
+        """Another worker's contexts wait: give back what is idle, unless some wait here as well.
 
         Args:
-            recalls: if nothing is, recall a busy context whose slice is over.
+            recalls: this worker's contexts hold more than that one's: give back what is idle in any case, and if
+                nothing is, recall a busy one whose slice is over.
         """
+        if self.waiting and not recalls:
+            return  # else each of the two would leave the room to the other
         before = len(self._stays)
         await self.evict_idle(IDLE_GRACE_SECONDS)
         if len(self._stays) < before:
@@ -340,7 +343,7 @@ class RoomQueue:
                 result = await attempt(True)
             except AttentionCacheFullError:
                 if _now() < waiter.spares_residents_until:
-                    await self._wait_for_change(LOOK_AGAIN_SECONDS)
+                    await self._wait_for_free_room(applicant)
                     if self._queues:
                         raise _NoRoomForNow from None
                     continue
@@ -368,6 +371,11 @@ class RoomQueue:
             self._recall_one()
             times = [time for stay in self._stays.values() if (time := stay.evictable_at()) > now]
             await self._wait_for_change(max(0.01, min([until, *times]) - now))
+
+    async def _wait_for_free_room(self, applicant: Applicant) -> None:
+        until = _now() + LOOK_AGAIN_SECONDS
+        while not self._is_freed and not applicant.cancelled and (rest := until - _now()) > 0:
+            await self._wait_for_change(rest)
 
     async def _wait_for_change(self, seconds: float) -> None:
         self._changed.clear()

@@ -103,7 +103,7 @@ class ProcessEngine:
         return max(answers, key=lambda answer: answer.is_reachable)
 
     def _make_room_for(self, waiting: _Worker) -> None:
-        """Have the other workers that use the same servers give back what they do not need now.
+        """Have the other workers that use the same servers give back what they do not need.
 
         The one that holds most gives back more, if that is more than the waiting one holds.
         """

@@ -217,13 +217,15 @@ class DescribeTokenizer(msgspec.Struct, frozen=True, tag="describe_tokenizer"):
 
 
 class GiveBackCaches(msgspec.Struct, frozen=True, tag="give_back_caches"):
-    """Another worker waits for room on the same servers: give back attention caches that nobody uses.
+    """Another worker waits for room on the same servers: give back attention caches that nobody uses, unless contexts
+    wait here too.
 
     Sent again and again as long as it waits. Has no answer.
     """
 
     recalls: bool
-    """If there are none: those of a context that has had its time slice, too."""
+    """This worker holds more. Unused ones are given back in any case, and if there are none, those of a context that
+    has had its time slice."""
 
 
 class CheckReachability(msgspec.Struct, frozen=True, tag="check_reachability"):

@@ -233,6 +233,8 @@ class _ServerSession:
         self._session_id = str(uuid.uuid4())
         self._max_length, self._patience = max_length, patience
         self._stream: _Stream | None = None
+        self._longest_answer = MESSAGE_BYTES
+        """Bytes, of the one that may be on its way."""
         hidden_schema, *_ = schema
         self._dtype, self._compression = hidden_schema.dtype, hidden_schema.compression
         # Petals' servers take prompts and hypothesis ids beside hidden states; the dummies stand for none.
@@ -287,7 +289,8 @@ class _ServerSession:
                     metadata=MSGPackSerializer.dumps(metadata),
                 )
             )
-            response = await self._stream.receive(MESSAGE_BYTES + 2 * inputs.numel() * WIDEST_NUMBER_BYTES)
+            self._longest_answer = MESSAGE_BYTES + 2 * inputs.numel() * WIDEST_NUMBER_BYTES
+            response = await self._stream.receive(self._longest_answer)
         outputs = tensors.deserialize(response.tensors[0])
         if outputs.shape != inputs.shape:
             raise ValueError(f"the server answered {tuple(inputs.shape)} with {tuple(outputs.shape)}")
@@ -312,7 +315,7 @@ class _ServerSession:
             async with asyncio.timeout(CLOSE_TIMEOUT_SECONDS):
                 await stream.send(runtime_pb2.ExpertRequest())  # Petals' sign for the end
                 while True:
-                    await stream.receive(MESSAGE_BYTES)
+                    await stream.receive(self._longest_answer)
         except Exception:  # the server has closed the stream, or is not there any more
             stream.close()
         except BaseException:
