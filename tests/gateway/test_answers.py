@@ -253,7 +253,7 @@ async def test_an_answer_that_has_ended_is_kept_without_its_request(gateway: Gat
         gateway.engine.requests.clear()
         gateway.engine.generate_error = None
         gc.collect()
-        requests = [each for each in gc.get_objects() if isinstance(each, GenerationRequest)]
+        requests = [each for each in gc.get_objects() if type(each) is GenerationRequest]
         assert [request for request in requests if asked in repr(request.inputs)] == []
     async with gateway.connect() as client:
         assert await ask(client, {"type": "attach", "generation": generation}) == end
