@@ -101,6 +101,16 @@ async def waiting_for(queue: RoomQueue, count: int) -> None:
             await asyncio.sleep(0)
 
 
+async def let_small_pass_large(places: Places) -> tuple[Tenant, Tenant, asyncio.Task[None]]:
+    """Others have one of two places. Gives who waits for both, who came later and has one, and the first's entering."""
+    places.free = 1
+    large, small = Tenant("large", places, needs=2), Tenant("small", places)
+    entering = asyncio.create_task(large.enter())
+    await waiting_for(places.queue, 1)
+    await small.enter()
+    return large, small, entering
+
+
 async def test_where_there_is_room_nobody_waits(places: Places) -> None:
     first, second = Tenant("a", places), Tenant("b", places)
     await asyncio.gather(first.enter(), second.enter())
@@ -285,12 +295,7 @@ async def test_who_spares_residents_tries_again_when_there_is_room_and_not_for_t
     places: Places, queue: RoomQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rooms, "PATIENCE_SECONDS", 0.05)
-    places.free = 1
-    large, small = Tenant("large", places, needs=2), Tenant("small", places)
-    entering = [asyncio.create_task(large.enter())]
-    await waiting_for(queue, 1)
-    entering.append(asyncio.create_task(small.enter()))
-    await entering[1]
+    large, small, entering = await let_small_pass_large(places)
     monkeypatch.setattr(rooms, "LOOK_AGAIN_SECONDS", 60.0)
     await asyncio.sleep(0.1)  # it waits for the last time as short as that
     attempts = large.attempts
@@ -302,7 +307,7 @@ async def test_who_spares_residents_tries_again_when_there_is_room_and_not_for_t
     places.free = 1
     queue.busy(small)
     await small.leave()
-    await entering[0]
+    await entering
 
 
 async def test_room_that_comes_free_while_somebody_is_refused_is_seen(
@@ -506,16 +511,11 @@ async def test_who_waits_for_others_than_these_does_not_hold_up_the_queue(
 ) -> None:
     """Another gateway has most places, and gives them back at last."""
     monkeypatch.setattr(rooms, "PATIENCE_SECONDS", 0.1)
-    places.free = 1
-    large, small = Tenant("large", places, needs=2), Tenant("small", places)
-    entering = [asyncio.create_task(large.enter())]
-    await waiting_for(queue, 1)
-    entering.append(asyncio.create_task(small.enter()))
-    await entering[1]
+    large, small, entering = await let_small_pass_large(places)
     assert large.places_told == [1, 2, 1]
     assert small.places_told == [2, 1]
     places.free += 2
-    await asyncio.gather(*entering)
+    await entering
     assert places.log == ["small", "large"]
 
 

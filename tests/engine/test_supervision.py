@@ -88,6 +88,13 @@ async def wait_for_end(processes: list[psutil.Process]) -> None:
             await asyncio.sleep(0.01)
 
 
+async def kill_host() -> None:
+    host = leader("host")
+    family = [host, *host.children(recursive=True)]
+    host.kill()
+    await wait_for_end(family)
+
+
 async def wait_for_state(engine: ProcessEngine, state: ModelState) -> None:
     async with asyncio.timeout(TIMEOUT_SECONDS):
         while engine.statuses[KEY].state is not state:
@@ -117,10 +124,7 @@ async def test_a_session_goes_on_identically_when_a_killed_host_is_back(engine: 
     session = await engine.open_session(KEY, 64)
     first = [chunk.text async for chunk in session.generate(GenerationRequest("Hello", max_new_tokens=8))]
     undisturbed = await generate(engine, 16)
-    host = leader("host")
-    family = [host, *host.children(recursive=True)]
-    host.kill()
-    await wait_for_end(family)
+    await kill_host()
     async with asyncio.timeout(TIMEOUT_SECONDS):
         while True:
             try:
@@ -146,10 +150,7 @@ async def test_a_worker_that_loses_its_connection_to_the_swarm_is_replaced(engin
 
 async def test_a_worker_that_is_lost_long_after_its_host_was_is_being_loaded(engine: ProcessEngine) -> None:
     expected = await generate(engine)
-    host = leader("host")
-    family = [host, *host.children(recursive=True)]
-    host.kill()
-    await wait_for_end(family)
+    await kill_host()
     async with asyncio.timeout(TIMEOUT_SECONDS):
         while True:
             with contextlib.suppress(MissingBlocksError, SwarmUnreachableError):

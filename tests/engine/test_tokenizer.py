@@ -80,16 +80,22 @@ async def test_short_texts_pass_long_ones(tokenizer: Tokenizer) -> None:
     await encoding
 
 
-async def test_what_is_cancelled_before_its_turn_is_not_begun(
-    tokenizer: Tokenizer, held: threading.Event, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encode, begun = tokenizer.encode, []
+@pytest.fixture
+def begun(tokenizer: Tokenizer, held: threading.Event, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The first letters of the texts that were begun."""
+    encode, begun = tokenizer.encode, list[str]()
 
     def noted_encode(inputs: str, *, at_start: bool) -> list[int]:
         begun.append(inputs[0])
         return encode(inputs, at_start=at_start)
 
     monkeypatch.setattr(tokenizer, "encode", noted_encode)
+    return begun
+
+
+async def test_what_is_cancelled_before_its_turn_is_not_begun(
+    tokenizer: Tokenizer, held: threading.Event, begun: list[str]
+) -> None:
     tasks = [
         asyncio.create_task(tokenizer.encode_aside(letter + LONG_TEXT, at_start=True)) for letter in "abc"
     ]
@@ -102,15 +108,8 @@ async def test_what_is_cancelled_before_its_turn_is_not_begun(
 
 
 async def test_clients_with_long_texts_take_turns(
-    tokenizer: Tokenizer, held: threading.Event, monkeypatch: pytest.MonkeyPatch
+    tokenizer: Tokenizer, held: threading.Event, begun: list[str]
 ) -> None:
-    encode, begun = tokenizer.encode, []
-
-    def noted_encode(inputs: str, *, at_start: bool) -> list[int]:
-        begun.append(inputs[0])
-        return encode(inputs, at_start=at_start)
-
-    monkeypatch.setattr(tokenizer, "encode", noted_encode)
     tasks = [
         asyncio.create_task(tokenizer.encode_aside(letter + LONG_TEXT, at_start=True, owner=owner))
         for letter, owner in zip("abcd", ("x", "x", "x", "y"), strict=True)
